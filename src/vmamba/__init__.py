@@ -1,0 +1,30 @@
+"""VMamba (arXiv 2401.10166): the visual state-space backbone.
+
+The public names are imported on first use, so that `import vmamba` and `vmamba --help` stay light.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "VMamba": "vmamba.models.vmamba",
+    "VMambaConfig": "vmamba.models.config",
+    "create_model": "vmamba.models.registry",
+    "list_models": "vmamba.models.config",
+    "load_checkpoint": "vmamba.models.checkpoint",
+    "save_checkpoint": "vmamba.models.checkpoint",
+}
+
+__all__ = ["VMamba", "VMambaConfig", "__version__", "create_model", "list_models", "load_checkpoint", "save_checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'vmamba' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
