@@ -1,0 +1,163 @@
+"""The small layers of VMamba, all on channels-last maps (B, H, W, C)."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: Mapping[str, type[nn.Module]] = MappingProxyType(
+    {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "sigmoid": nn.Sigmoid}
+)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over channels that takes a float32 map under 16-bit weights, so that it can precede the down-cast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., C)."""
+        if x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d of a channels-last map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, H, W, C) over B, H and W."""
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def make_norm(kind: Literal["ln", "ln2d", "bn"], channels: int) -> nn.Module:
+    """Return the norm that a configuration names; "ln" and "ln2d" differ in the published code's memory layout only."""
+    return BatchNorm(channels) if kind == "bn" else LayerNorm(channels)
+
+
+class ToChannelsLast(nn.Module):
+    """View (B, C, H, W) as (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Permute; no copy."""
+        return x.permute(0, 2, 3, 1)
+
+
+class ToChannelsFirst(nn.Module):
+    """View (B, H, W, C) as (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Permute; no copy."""
+        return x.permute(0, 3, 1, 2)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Depthwise convolution of a channels-last map, size kept."""
+
+    def __init__(self, channels: int, kernel_size: int, *, bias: bool) -> None:
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to (B, H, W, C)."""
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class SpatialSoftmax(nn.Module):
+    """Softmax over the positions of each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to (B, H, W, C)."""
+        return x.flatten(1, 2).softmax(dim=1).view(x.shape)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop the whole branch of an image with probability `rate`, scale what is kept."""
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, ...) with some images' branches zeroed, in training only."""
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.rate
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        return x * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        """Tell the rate."""
+        return f"{self.rate:g}"
+
+
+class Mlp(nn.Module):
+    """The feed-forward branch: fc1 → activation → fc2, or gated: fc2(x · act(z)) with x, z = fc1(input)."""
+
+    def __init__(self, dim: int, hidden: int, act: str, drop: float = 0.0, *, gated: bool = False) -> None:
+        super().__init__()
+        self.gated = gated
+        self.fc1 = nn.Linear(dim, 2 * hidden if gated else hidden)
+        self.act = ACTIVATIONS[act]()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop) if drop > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        x = self.fc1(x)
+        if self.gated:
+            x, z = x.chunk(2, dim=-1)
+            return self.drop(self.fc2(x * self.act(z)))
+        return self.drop(self.fc2(self.drop(self.act(x))))
+
+
+class PatchMerging(nn.Module):
+    """Swin's downsampling: the four pixels of a 2×2 cell, concatenated, normalised, projected; odd sizes padded."""
+
+    def __init__(self, dim: int, out_dim: int, norm: nn.Module) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), out_dim)."""
+        _, H, W, _ = x.shape
+        x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
+        cells = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return self.reduction(self.norm(torch.cat(cells, dim=-1)))
+
+
+def make_stem(
+    kind: Literal["overlap", "patch"], in_chans: int, dim: int, patch_size: int, norm: str, patch_norm: bool
+) -> nn.Sequential:
+    """Return the stem, image (B, C, H, W) to map (B, H/p, W/p, D); indices are those of the published checkpoints."""
+
+    def normed(channels: int) -> nn.Module:
+        return make_norm(norm, channels) if patch_norm else nn.Identity()  # type: ignore[arg-type]
+
+    if kind == "patch":
+        return nn.Sequential(nn.Conv2d(in_chans, dim, patch_size, patch_size), ToChannelsLast(), normed(dim))
+    stride = patch_size // 2
+    return nn.Sequential(
+        nn.Conv2d(in_chans, dim // 2, stride + 1, stride, padding=1),
+        ToChannelsLast(),
+        normed(dim // 2),
+        ToChannelsFirst(),
+        nn.GELU(),
+        nn.Conv2d(dim // 2, dim, stride + 1, stride, padding=1),
+        ToChannelsLast(),
+        normed(dim),
+    )
+
+
+def make_downsample(kind: str, dim: int, out_dim: int, norm: Literal["ln", "ln2d", "bn"]) -> nn.Module:
+    """Return the layer between two stages; indices are those of the published checkpoints."""
+    if kind == "none":
+        if dim != out_dim:
+            raise ValueError(f"downsample='none' keeps the channels, but dims change from {dim} to {out_dim}")
+        return nn.Identity()
+    if kind == "patch_merging":
+        return PatchMerging(dim, out_dim, make_norm(norm, 4 * dim))
+    kernel_size, padding = (3, 1) if kind == "conv3x3" else (2, 0)
+    conv = nn.Conv2d(dim, out_dim, kernel_size, stride=2, padding=padding)
+    return nn.Sequential(ToChannelsFirst(), conv, ToChannelsLast(), make_norm(norm, out_dim))
