@@ -1,0 +1,328 @@
+"""CUDA C++ compiled at run time: NVRTC and the CUDA driver through ctypes, a disk cache, launches on torch's stream.
+
+Nothing is compiled at install and no header is needed at run time; both libraries are ones that a CUDA build of torch
+already depends on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+Argument = torch.Tensor | int | float | None | ctypes.Structure | ctypes.c_longlong | ctypes.c_float
+Define = tuple[str, int | str]
+
+_OPTIONS = ("--std=c++17", "--ftz=true", "--extra-device-vectorization", "-default-device")
+_ERROR_INVALID_CONTEXT = 201
+_ATTRIBUTE_MAX_DYNAMIC_SHARED = 8
+_ATTRIBUTE_NON_PORTABLE_CLUSTER = 14
+_ATTRIBUTE_REGISTERS = 4
+_ATTRIBUTE_LOCAL_BYTES = 3
+_LAUNCH_CLUSTER_DIMENSION = 4
+_PORTABLE_CLUSTER = 8
+_DEFAULT_SHARED_LIMIT = 48 * 1024
+_lock = threading.RLock()
+
+
+class CompilationError(RuntimeError):
+    """NVRTC rejected a source; the message carries its log."""
+
+
+def _nvrtc_candidates() -> list[str]:
+    major = (torch.version.cuda or "").split(".")[0]
+    names = [f"libnvrtc.so.{major}", "libnvrtc.so"]
+    # The wheels put the library where the dynamic linker does not look unless torch has loaded it already.
+    folders = [Path(entry) / "nvidia" for entry in sys.path if entry]
+    wheels = [str(path) for folder in folders for path in sorted(folder.glob(f"*/lib/libnvrtc.so.{major}"))]
+    return wheels + names
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    failures = []
+    for name in _nvrtc_candidates():
+        try:
+            return ctypes.CDLL(name)
+        except OSError as error:
+            failures.append(str(error))
+    raise OSError("; ".join(failures))
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@functools.cache
+def compiler_unavailable() -> str | None:
+    """Say why CUDA sources cannot be compiled here, or return None when they can (no GPU is needed to compile)."""
+    if torch.version.cuda is None:
+        return "this torch is not built for CUDA, so it brings no NVRTC; install a CUDA build of torch"
+    if not sys.platform.startswith("linux"):
+        return f"run-time compilation of CUDA is supported on Linux, and this is {sys.platform}"
+    try:
+        _nvrtc()
+    except OSError as error:
+        return f"the NVRTC library of CUDA {torch.version.cuda} cannot be loaded ({error})"
+    return None
+
+
+@functools.cache
+def nvrtc_version() -> tuple[int, int]:
+    """Return the (major, minor) version of the NVRTC library in use."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check_nvrtc(_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return major.value, minor.value
+
+
+def _check_nvrtc(status: int) -> None:
+    if status:
+        describe = _nvrtc().nvrtcGetErrorString
+        describe.restype = ctypes.c_char_p
+        raise CompilationError(f"NVRTC failed: {describe(status).decode()}")
+
+
+def _check_driver(status: int, action: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        reason = text.value.decode() if text.value else "unknown error"
+        raise RuntimeError(f"the CUDA driver could not {action}: {reason} (code {status})")
+
+
+def _cache_folder() -> Path:
+    explicit = os.environ.get("VMAMBA_CACHE_DIR")
+    if explicit:
+        return Path(explicit) / "cubin"
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "vmamba" / "cubin"
+
+
+def _options(capability: tuple[int, int], defines: Sequence[Define]) -> list[str]:
+    arch = f"--gpu-architecture=sm_{capability[0]}{capability[1]}"
+    return [arch, *_OPTIONS, *(f"-D{name}={value}" for name, value in defines)]
+
+
+def compile_cubin(
+    source: str, capability: tuple[int, int], defines: Sequence[Define] = (), use_cache: bool = True
+) -> bytes:
+    """Compile CUDA C++ to machine code for one compute capability, through the disk cache.
+
+    Args:
+        source: the translation unit; kernels are `extern "C"`, so that they are found under their own names.
+        capability: for example (9, 0). The GPU need not be present.
+        defines: preprocessor definitions, the compile-time parameters of a kernel.
+        use_cache: read and write the cache in `$VMAMBA_CACHE_DIR`, else `$XDG_CACHE_HOME/vmamba`, else
+            `~/.cache/vmamba`.
+
+    Raises:
+        CompilationError: with the compiler's log.
+    """
+    options = _options(capability, defines)
+    key = hashlib.sha256("\0".join([source, *options, str(nvrtc_version())]).encode()).hexdigest()
+    path = _cache_folder() / f"{key}.cubin"
+    if use_cache:
+        try:
+            return path.read_bytes()
+        except OSError:
+            pass  # absent or unreadable: compile
+    cubin = _compile(source, options)
+    if use_cache:
+        _write_atomically(path, cubin)
+    return cubin
+
+
+def _compile(source: str, options: Sequence[str]) -> bytes:
+    nvrtc = _nvrtc()
+    program = ctypes.c_void_p()
+    _check_nvrtc(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"vmamba.cu", 0, None, None))
+    try:
+        encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        status = nvrtc.nvrtcCompileProgram(program, len(options), encoded)
+        if status:
+            size = ctypes.c_size_t()
+            _check_nvrtc(nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size)))
+            log = ctypes.create_string_buffer(size.value)
+            _check_nvrtc(nvrtc.nvrtcGetProgramLog(program, log))
+            raise CompilationError(f"NVRTC rejected the source with {' '.join(options)}:\n{log.value.decode()}")
+        size = ctypes.c_size_t()
+        _check_nvrtc(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+        cubin = ctypes.create_string_buffer(size.value)
+        _check_nvrtc(nvrtc.nvrtcGetCUBIN(program, cubin))
+        return cubin.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Write beside the target and rename, so that processes starting together never read half a file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        return  # a read-only home only costs the next process its own compilation
+
+
+class _LaunchAttribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_uint * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+def _as_ctypes(argument: Argument) -> object:
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if argument is None:
+        return ctypes.c_void_p(0)
+    if isinstance(argument, int):
+        if not -(2**31) <= argument < 2**31:
+            raise ValueError(f"integer argument {argument} does not fit in 32 bits; pass a ctypes.c_longlong")
+        return ctypes.c_int(argument)
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    return argument
+
+
+class Kernel:
+    """One kernel of a loaded module, bound to the device it was loaded on."""
+
+    def __init__(self, function: ctypes.c_void_p, device: int, name: str):
+        self._function = function
+        self._device = device
+        self._shared_limit = _DEFAULT_SHARED_LIMIT
+        self._non_portable = False
+        self.name = name
+
+    def _attribute(self, attribute: int) -> int:
+        value = ctypes.c_int()
+        _check_driver(
+            _driver().cuFuncGetAttribute(ctypes.byref(value), attribute, self._function), f"inspect kernel {self.name}"
+        )
+        return value.value
+
+    @property
+    def registers(self) -> int:
+        """Registers a thread."""
+        return self._attribute(_ATTRIBUTE_REGISTERS)
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes of local memory a thread."""
+        return self._attribute(_ATTRIBUTE_LOCAL_BYTES)
+
+    def _set(self, attribute: int, value: int) -> None:
+        status = _driver().cuFuncSetAttribute(self._function, attribute, value)
+        _check_driver(status, f"set attribute {attribute} of kernel {self.name} to {value}")
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        block: int,
+        arguments: Sequence[Argument],
+        *,
+        shared_bytes: int = 0,
+        cluster: int = 1,
+    ) -> None:
+        """Launch on torch's current stream of the kernel's device; asynchronous, and capturable in a CUDA graph.
+
+        Args:
+            grid: blocks along x, y, z; with a cluster, x is a multiple of it.
+            block: threads a block.
+            arguments: in the kernel's order. Tensors pass as pointers (on this device; the caller keeps them alive as
+                torch's allocator asks), None as a null pointer, int and float as themselves; ctypes values as they are.
+            shared_bytes: dynamic shared memory; the limit above 48 KiB is raised as needed.
+            cluster: blocks a thread-block cluster along x (capability 9.0 and newer).
+
+        Raises:
+            RuntimeError: when the driver refuses the launch.
+        """
+        values = [_as_ctypes(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))  # type: ignore[arg-type]
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream().cuda_stream
+            if shared_bytes > self._shared_limit:
+                self._set(_ATTRIBUTE_MAX_DYNAMIC_SHARED, shared_bytes)
+                self._shared_limit = shared_bytes
+            if cluster > _PORTABLE_CLUSTER and not self._non_portable:
+                self._set(_ATTRIBUTE_NON_PORTABLE_CLUSTER, 1)
+                self._non_portable = True
+            attribute = _LaunchAttribute(id=_LAUNCH_CLUSTER_DIMENSION)
+            attribute.value[0], attribute.value[1], attribute.value[2] = cluster, 1, 1
+            config = _LaunchConfig(
+                (ctypes.c_uint * 3)(*grid),
+                (ctypes.c_uint * 3)(block, 1, 1),
+                shared_bytes,
+                stream,
+                ctypes.pointer(attribute),
+                1 if cluster > 1 else 0,
+            )
+            status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
+            if status == _ERROR_INVALID_CONTEXT:  # a thread that has not used CUDA yet, such as one of autograd's
+                _make_context_current(self._device)
+                status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
+        _check_driver(status, f"launch kernel {self.name} with grid {grid}, block {block}, {shared_bytes} B shared")
+
+
+def _make_context_current(device: int) -> None:
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    _check_driver(_driver().cuDeviceGet(ctypes.byref(handle), device), "find the device")
+    _check_driver(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "retain the primary context")
+    _check_driver(_driver().cuCtxSetCurrent(context), "make the primary context current")
+
+
+@functools.cache
+def _load_module(source: str, defines: tuple[Define, ...], device: int) -> ctypes.c_void_p:
+    cubin = compile_cubin(source, torch.cuda.get_device_capability(device), defines)
+    module = ctypes.c_void_p()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()
+        status = _driver().cuModuleLoadData(ctypes.byref(module), cubin)
+        if status == _ERROR_INVALID_CONTEXT:
+            _make_context_current(device)
+            status = _driver().cuModuleLoadData(ctypes.byref(module), cubin)
+    _check_driver(status, "load the compiled module")
+    return module
+
+
+@functools.cache
+def _find_kernel(source: str, defines: tuple[Define, ...], device: int, name: str) -> Kernel:
+    module = _load_module(source, defines, device)
+    function = ctypes.c_void_p()
+    status = _driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode())
+    _check_driver(status, f"find kernel {name}")
+    return Kernel(function, device, name)
+
+
+def get_kernel(source: str, name: str, defines: tuple[Define, ...], device: torch.device) -> Kernel:
+    """Return the kernel compiled from `source` for `device`, compiling and loading it on first use.
+
+    Args:
+        source: CUDA C++ with `extern "C"` kernels.
+        name: the kernel's name.
+        defines: preprocessor definitions as a tuple of (name, value); a new tuple is a new compilation.
+        device: a CUDA device; handles are kept per device.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with _lock:
+        return _find_kernel(source, defines, index, name)
