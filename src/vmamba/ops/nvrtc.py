@@ -107,9 +107,9 @@ def _cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "vmamba" / "cubin"
 
 
-def _options(capability: tuple[int, int], defines: Sequence[Define]) -> list[str]:
-    arch = f"--gpu-architecture=sm_{capability[0]}{capability[1]}"
-    return [arch, *_OPTIONS, *(f"-D{name}={value}" for name, value in defines)]
+def _with_defines(source: str, defines: Sequence[Define]) -> str:
+    # As text rather than as -D, which would also rewrite NVRTC's built-in header.
+    return "".join(f"#define {name} {value}\n" for name, value in defines) + source
 
 
 def compile_cubin(
@@ -127,7 +127,8 @@ def compile_cubin(
     Raises:
         CompilationError: with the compiler's log.
     """
-    options = _options(capability, defines)
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", *_OPTIONS]
+    source = _with_defines(source, defines)
     key = hashlib.sha256("\0".join([source, *options, str(nvrtc_version())]).encode()).hexdigest()
     path = _cache_folder() / f"{key}.cubin"
     if use_cache:
