@@ -15,6 +15,7 @@ from vmamba.ops.routes import Route, get_routes, scan_route, unscan_route, witho
 from vmamba.ops.s6.chunked import (
     chunk_grid,
     images_per_slab,
+    keep_freed_memory,
     scan_gradients,
     scan_outputs,
     softplus_,
@@ -136,6 +137,7 @@ def forward(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Compute `ss2d_scan`."""
+    keep_freed_memory()
     pattern, dtype = get_routes(routes), A.dtype
     orders = _Orders(pattern, height, width)
     back = pattern if flip_back else without_flip_back(pattern)
@@ -168,6 +170,7 @@ def backward(
     flip_back: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of x, projected, dt_weight, dt_bias, A and D, each in the dtype of its input."""
+    keep_freed_memory()
     pattern, dtype = get_routes(routes), A.dtype
     orders = _Orders(pattern, height, width)
     back = _Orders(pattern if flip_back else without_flip_back(pattern), height, width)
