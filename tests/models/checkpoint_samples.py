@@ -36,9 +36,9 @@ def small_model(config: VMambaConfig = SMALL, seed: int = 0, **changes: Any) -> 
         torch.manual_seed(seed)
         model = VMamba(config, **changes)
         with torch.no_grad():
-            for value in model.state_dict().values():
+            for name, value in model.state_dict().items():
                 if value.is_floating_point():
-                    value.copy_(torch.rand(value.shape) + 0.1)
+                    value.copy_(torch.rand(value.shape) * 0.3 + (0.5 if name.endswith("running_var") else -0.1))
     return model.eval()
 
 

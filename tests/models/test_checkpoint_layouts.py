@@ -205,15 +205,11 @@ def test_architecture_is_read_off_the_shapes_alone(name):
         assert inferred.img_size == config.img_size
     rebuilt = VMamba(inferred)
     rebuilt.load_state_dict(tensors)
-    if config.norm_layer != "bn":
-        image = torch.rand(1, config.in_chans, 32, 32)
-        same = small_model(replace(config, norm_layer="ln2d"))
-        torch.testing.assert_close(rebuilt.eval()(image), same(image))
+    image = torch.rand(1, config.in_chans, 32, 32)
+    torch.testing.assert_close(rebuilt.eval()(image), small_model(config)(image))
 
 
-@pytest.mark.parametrize(
-    "name", ["vmamba_test", "vmamba_nano", "vmamba_tiny_s1l8", "vmamba_base_s2l15", "vanilla_vmamba_tiny", *PUBLISHED]
-)
+@pytest.mark.parametrize("name", ["vmamba_test", "vmamba_nano", *PUBLISHED])
 def test_published_architectures_are_recognised(name):
     config = get_config(name)
     with torch.device("meta"):

@@ -218,10 +218,9 @@ def _check_zip(path: Path) -> None:
 def _explain(path: Path, error: Exception) -> CheckpointError:
     text = str(error)
     found = re.search(r"GLOBAL (\S+) was not an allowed|GLOBAL (\S+) whose module", text)
-    names = [next(group for group in found.groups() if group)] if found else []
-    if not names and isinstance(error, pickle.UnpicklingError):
-        names = _foreign_globals(path)
-    if names:
+    stopped_at = [next(group for group in found.groups() if group)] if found else []
+    names = _foreign_globals(path) if found or isinstance(error, pickle.UnpicklingError) else []
+    if names := list(dict.fromkeys([*names, *(name for name in stopped_at if f"builtins.{name}" not in names)])):
         return CheckpointError(
             f"'{path}' was refused: it refers to {', '.join(names[:3])}, which is no part of weights and could run "
             "code; nothing in it was run. Ask its author for safetensors, or for a file that holds the state dict alone"
@@ -252,7 +251,8 @@ def _globals_in(data: bytes) -> Iterator[str]:
     memo: dict[int, Any] = {}
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("GLOBAL", "INST"):
-            yield str(argument).replace(" ", ".", 1)
+            # Protocols below 3 write Python 2's name of the module.
+            yield str(argument).replace(" ", ".", 1).replace("__builtin__.", "builtins.", 1)
         elif opcode.name == "STACK_GLOBAL":
             yield ".".join(map(str, strings[-2:]))
         elif opcode.name == "MEMOIZE":
@@ -279,7 +279,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise CheckpointError(f"cannot write '{target}': there is no folder '{target.parent}'")
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes its files private; a weight file is as readable as any other
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
