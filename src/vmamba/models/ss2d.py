@@ -172,7 +172,10 @@ class SS2D(nn.Module):
             map_k = per_route[:, :, :, k].permute(0, 3, 1, 2)
             r, Bs, Cs = cross_scan(map_k, routes=self.routes)[:, k].split([R, N, N], dim=1)
             delta = self.dt_projs_weight[k].to(r.dtype) @ r
-            ys.append(selective_scan(u[:, k], delta, A[k], Bs[:, None], Cs[:, None], D[k], dt_bias[k], True))
+            scan = selective_scan(
+                u[:, k], delta, A[k], Bs[:, None], Cs[:, None], D[k], dt_bias[k], True, backend=self.backend
+            )
+            ys.append(scan)
         y = cross_merge(torch.stack(ys, dim=1).view(B, K, E, L), height=H, width=W, routes=self.routes)
         return y.view(B, E, H, W).permute(0, 2, 3, 1)
 

@@ -1,0 +1,188 @@
+"""The model as a module: sizes, options, precision, compilation, gradient checkpointing."""
+
+import pytest
+import torch
+from torch import nn
+
+import vmamba
+from vmamba.models import SS2D, VMamba, VMambaConfig, get_config
+
+
+def tiny(**overrides: object) -> VMamba:
+    torch.manual_seed(0)
+    return vmamba.create_model("vmamba_test", **overrides)
+
+
+def image(height: int = 64, width: int = 64, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("downsample", ["conv3x3", "conv2x2", "patch_merging"])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 47), (64, 40), (97, 161)])
+def test_any_size_from_32_on(height: int, width: int, downsample: str) -> None:
+    model = tiny(downsample=downsample).eval()
+    with torch.inference_mode():
+        maps = model.forward_intermediates(image(height, width), intermediates_only=True)
+        logits = model(image(height, width))
+    assert logits.shape == (2, 10)
+    assert torch.isfinite(logits).all()
+    rounding = {"conv3x3": 1, "patch_merging": 1, "conv2x2": 0}[downsample]
+    rows, columns = maps[0].shape[2:]
+    for smaller in maps[1:]:
+        rows, columns = (rows + rounding) // 2, (columns + rounding) // 2
+        assert smaller.shape[2:] == (rows, columns)
+
+
+OPTIONS = [
+    {"gated": True},
+    {"gated": True, "gate_act": False, "out_act": True},
+    {"d_conv": 0},
+    {"d_conv": 5, "conv_bias": True},
+    {"d_state": 5},
+    {"d_state": 20, "dt_rank": 3},
+    {"out_norm": "cnorm"},
+    {"routes": "cascade2d"},
+    {"routes": "bidi", "sequential_routes": True},
+    {"force_fp32": True, "sequential_routes": True},
+    {"mlp_ratio": 0.0},
+    {"ssm_ratio": 0.0},
+    {"gated_mlp": True, "mlp_drop_rate": 0.1, "ssm_drop_rate": 0.1, "drop_rate": 0.1},
+    {"post_norm": True},
+    {"norm_layer": "bn"},
+    {"pos_embed": True},
+    {"stem": "patch"},
+    {"patch_norm": False},
+    {"downsample": "none", "dims": (8, 8, 8, 8), "img_size": 32},
+    {"ssm_init": "random"},
+    {"ssm_init": "zero"},
+    {"dt_init": "constant"},
+    {"drop_path_rate": 0.2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_every_option_trains_every_parameter(options: dict) -> None:
+    model = tiny(**options).train()
+    model(image(32, 48, batch=8)).square().sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert not without
+
+
+def test_sequential_routes_and_forced_float32_give_equal_results() -> None:
+    plain = tiny().eval()
+    with torch.inference_mode():
+        expected = plain(image())
+        for options in ({"sequential_routes": True}, {"force_fp32": True}, {"norm_layer": "ln"}):
+            other = tiny(**options).eval()
+            other.load_state_dict(plain.state_dict())
+            torch.testing.assert_close(other(image()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_position_embedding_follows_the_size_of_the_image() -> None:
+    model = tiny(pos_embed=True, img_size=(64, 96)).eval()
+    assert model.pos_embed.shape == (1, 8, 16, 24)
+    with torch.inference_mode():
+        small, native = model(image(48, 56)), model(image(64, 96))
+    assert torch.isfinite(small).all()
+    assert torch.isfinite(native).all()
+
+
+def test_drop_path_rises_to_the_last_block_and_only_acts_in_training() -> None:
+    model = tiny(drop_path_rate=0.5)
+    rates = [m.rate for m in model.modules() if type(m).__name__ == "DropPath"]
+    assert rates == pytest.approx([0.0, 0.125, 0.25, 0.375, 0.5])
+    x = image(batch=4)
+    model.eval()
+    torch.testing.assert_close(model(x), model(x), rtol=0, atol=0)
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
+    model = tiny().train()
+    gradients = []
+    for enabled in (False, True):
+        model.set_grad_checkpointing(enabled)
+        model.zero_grad()
+        model(image()).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_logits_near_float32_and_gradients_finite(dtype: torch.dtype) -> None:
+    model = tiny().train()
+    expected = model(image())
+    with torch.autocast("cpu", dtype=dtype):
+        logits = model(image())
+    assert torch.linalg.norm(logits.float() - expected) / torch.linalg.norm(expected) < 0.05
+    logits.float().sum().backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_sixteen_bit_weights_and_float64_weights_run() -> None:
+    model = tiny().eval()
+    with torch.inference_mode():
+        expected = model.double()(image().double())
+        assert expected.dtype == torch.float64
+        half = model.bfloat16()(image().bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert torch.linalg.norm(half.double() - expected) / torch.linalg.norm(expected) < 0.1
+
+
+@pytest.mark.parametrize("options", [{}, {"gated": True, "d_state": 4, "routes": "bidi"}], ids=str)
+def test_compiles_to_one_graph_with_dynamic_sizes(options: dict) -> None:
+    model = tiny(**options).eval()
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    with torch.no_grad():
+        for height, width in ((64, 96), (96, 64), (80, 112)):
+            torch.testing.assert_close(compiled(image(height, width)), model(image(height, width)))
+    assert graphs == 1
+
+
+def test_exports_with_dynamic_batch_and_size() -> None:
+    model = tiny().eval()
+    batch, height, width = torch.export.Dim("batch", max=8), torch.export.Dim.AUTO, torch.export.Dim.AUTO
+    program = torch.export.export(model, (image(64, 96),), dynamic_shapes=({0: batch, 2: height, 3: width},))
+    for x in (image(64, 96), image(128, 64, batch=3)):
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_runs_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = VMamba(get_config("vmamba_tiny"))
+        assert model(torch.empty(1, 3, 224, 224)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 1, 64, 64), torch.zeros(3, 64, 64)])
+def test_an_image_of_another_shape_is_refused(x: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\)"):
+        tiny()(x)
+
+
+def test_a_mixed_up_ss2d_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not go with"):
+        SS2D(8, routes="cascade2d", sequential_routes=True)
+
+
+def test_initial_time_scales_cover_the_range_they_are_given() -> None:
+    op = SS2D(64, ssm_ratio=4.0, dt_min=0.01, dt_max=0.2)
+    delta = nn.functional.softplus(op.dt_projs_bias)
+    assert 0.01 <= delta.min() < 0.012
+    assert 0.17 < delta.max() <= 0.2
+    torch.testing.assert_close(-torch.exp(SS2D(8, d_state=3).A_logs[0]), torch.tensor([-1.0, -2.0, -3.0]))
+
+
+def test_weight_decay_spares_time_scales_and_skip_weights() -> None:
+    spared = VMamba(VMambaConfig(depths=(1,), dims=(8,), pos_embed=True)).no_weight_decay()
+    block = "layers.0.blocks.0.op."
+    assert spared == {"pos_embed", block + "A_logs", block + "Ds", block + "dt_projs_bias"}
