@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from checkpoint_samples import (
@@ -368,3 +369,25 @@ def test_create_model_loads_a_file(tmp_path):
     model = vmamba.create_model("vmamba_test", checkpoint_path=str(tmp_path / "w.safetensors"))
     assert_same_weights(weights(model), weights(source))
     assert infer_config(source.state_dict()) == source.config
+
+
+@pytest.mark.parametrize("create", [vmamba.create_model, timm.create_model])
+def test_pretrained_models_take_a_local_file_and_a_new_head_for_other_classes(create, tmp_path, monkeypatch):
+    source = vmamba.create_model("vmamba_test")
+    export_official(source, tmp_path / "vmamba_test.pth")
+    monkeypatch.setenv("VMAMBA_WEIGHTS_DIR", str(tmp_path))
+
+    assert_same_weights(weights(create("vmamba_test", pretrained=True)), weights(source))
+    fewer = create("vmamba_test", pretrained=True, num_classes=3)
+    assert fewer.classifier.head.weight.shape == (3, 24)
+    assert torch.equal(fewer.layers[2].blocks[1].op.A_logs, source.layers[2].blocks[1].op.A_logs)
+    features = create("vmamba_test", pretrained=True, features_only=True)
+    image = torch.rand(1, 3, 64, 64)
+    for ours, theirs in zip(features.eval()(image), source.eval().forward_intermediates(image)[1], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_pretrained_without_published_weights_is_told(monkeypatch):
+    monkeypatch.delenv("VMAMBA_WEIGHTS_DIR", raising=False)
+    with pytest.raises(ValueError, match="no weights were published for 'vmamba_test'"):
+        vmamba.create_model("vmamba_test", pretrained=True)

@@ -7,6 +7,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from vmamba.models.config import NAMED_VARIANTS, VMambaConfig, get_config, published_info
+from vmamba.models.pretrained import fetch_pretrained
 from vmamba.models.vmamba import VMamba
 
 
@@ -69,10 +70,9 @@ def _default_cfg(name: str) -> dict[str, Any]:
 
 
 def _build(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
-    published = published_info(name)
-    if pretrained and not (published and published.url) and not kwargs.get("pretrained_cfg_overlay"):
-        have = [n for n in NAMED_VARIANTS if (info := published_info(n)) and info.url]
-        raise ValueError(f"no weights were published for {name!r}; there are some for {', '.join(have)}")
+    told = kwargs.get("pretrained_cfg")  # a dictionary when timm loads from the Hub; None or a tag otherwise
+    if pretrained and not kwargs.get("pretrained_cfg_overlay") and (told is None or isinstance(told, str)):
+        kwargs["pretrained_cfg_overlay"] = {"file": str(fetch_pretrained(name)), "custom_load": True}
     if name not in default_cfgs:
         kwargs.setdefault("pretrained_cfg", _default_cfg(name))
     stages = len(get_config(name).depths)
