@@ -87,6 +87,23 @@ def test_own_files_are_plain_to_other_peoples_code(tmp_path):
     assert VMambaConfig.from_dict(json.loads(header["config"])) == SMALL
 
 
+def test_wrapped_models_are_written_and_filled_as_the_model_inside(tmp_path):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module, name):
+            super().__init__()
+            self.add_module(name, module)
+
+    wrapped = Wrapper(Wrapper(small_model(), "module"), "_orig_mod")
+    save_checkpoint(wrapped, tmp_path / "w.safetensors")
+    export_official(wrapped, tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        target = small_model(seed=1)
+        load_checkpoint(Wrapper(target, "module"), tmp_path / name)
+        assert_same_weights(weights(target), weights(small_model()))
+        assert read_checkpoint(tmp_path / name).layout in ("published layout", "vmamba safetensors, format 1")
+    assert read_checkpoint(tmp_path / "w.safetensors").config == SMALL
+
+
 def test_saving_keeps_the_classes_of_a_replaced_head(tmp_path):
     source = small_model()
     source.reset_classifier(3)

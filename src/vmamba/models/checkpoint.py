@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.models.checkpoint_files import CheckpointError, locate, read_file, write_pickle, write_safetensors
-from vmamba.models.checkpoint_fitting import CLASSIFIER, Checkpoint, LoadReport, Plan
+from vmamba.models.checkpoint_fitting import CLASSIFIER, Checkpoint, LoadReport, Plan, unwrapped
 from vmamba.models.checkpoint_layouts import Architecture, by_pattern, infer_config, select_weights, to_published
 from vmamba.models.config import VMambaConfig
 
@@ -170,7 +170,7 @@ def load_checkpoint(
     A position embedding of another size is resized (bicubic). A backbone without a classifier skips that of the file.
 
     Args:
-        model: a VMamba.
+        model: a VMamba, perhaps inside the wrappers of torch.compile or DDP.
         source: as in `read_checkpoint`, or what it returned.
         strict: every weight must be in the file and every weight in the file be used. Otherwise missing and left-over
             ones are only reported; one of another shape is an error all the same.
@@ -185,6 +185,7 @@ def load_checkpoint(
         CheckpointError: the file cannot be read or does not fit; the first line says why, the rest lists what differs.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source, prefer_ema=prefer_ema)
+    model = unwrapped(model)
     plan = Plan(model, checkpoint)
     plan.resize_position_embedding()
     plan.fit_backbone()
@@ -246,6 +247,7 @@ def save_checkpoint(
     """
     from vmamba import __version__
 
+    model = unwrapped(model)
     header = {
         "format": "pt",  # what transformers and timm look for
         "format_version": str(FORMAT_VERSION),
@@ -263,7 +265,7 @@ def export_official(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in unwrapped(model).state_dict().items()}
     write_pickle({"model": tensors}, path)
 
 

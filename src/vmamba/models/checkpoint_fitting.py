@@ -93,6 +93,13 @@ def _example(renamed: Mapping[str, str]) -> str:
     return f"{old} -> {new}"
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of torch.compile, DDP and averaging, whose names differ."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model
+
+
 class Plan:
     """The weights a model will be given, worked out before it is touched."""
 
