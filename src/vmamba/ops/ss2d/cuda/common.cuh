@@ -1,0 +1,266 @@
+// Shared by the forward and backward kernels of SS2D for one state per channel. The loader puts this text before theirs;
+// no header is included, so that nothing but NVRTC is needed.
+//
+// Compile-time parameters (set by the Python side):
+//   RANK        R, the rank of the step size
+//   BF16        1: 16-bit values are bfloat16, 0: float16
+//   WEIGHT16    1: dt_weight has the 16-bit type, 0: float32
+//   OUT         the type of the result: 0 float32, 1 bfloat16, 2 float16
+//   SPAN        T, positions a lane owns in one chunk (even); a warp's chunk is 4 T positions of 16 channels
+//   WARPS       warps that share one route
+//   EVEN_E      1: the number of channels is even, so two adjacent ones load as 32 bits
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+constexpr int T = SPAN;
+
+constexpr int ROW = RANK + 2;                  // one route's share of a row of `projected`: rank, B, C
+constexpr int PROJECTED = 4 * ROW;             // a whole row
+constexpr int PAIRS = (ROW + 1) / 2;           // 32-bit loads that cover a route's share
+constexpr int FRAGMENTS = (ROW + 7) / 8;       // k = 8 operands that cover it
+constexpr int RANK_FRAGMENTS = (RANK + 7) / 8; // those of them that hold ranks
+
+__device__ __forceinline__ float ex2(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
+__device__ __forceinline__ float lg2(float v) {
+    float r;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
+// softplus in base 2, log2(1 + 2^v); NaN and infinities pass as they should. EXACT avoids the hardware logarithm, whose
+// absolute error of 2^-22 shows where the step is small: max(v, 0) + log2(1 + e), e = 2^-|v|, by a polynomial.
+template <bool EXACT>
+__device__ __forceinline__ float softplus2(float v) {
+    if (!EXACT) {
+        const float soft = lg2(1.f + ex2(v));
+        return v > 28.f ? v : soft;
+    }
+    const float e = ex2(fminf(v, -v));
+    float q = 0.007548820227384567f;  // log2(1 + e) / e on [0, 1], relative error 3e-8
+    q = fmaf(q, e, -0.04256557673215866f);
+    q = fmaf(q, e, 0.11285369843244553f);
+    q = fmaf(q, e, -0.19711676239967346f);
+    q = fmaf(q, e, 0.2756403088569641f);
+    q = fmaf(q, e, -0.3584081828594208f);
+    q = fmaf(q, e, 0.48069292306900024f);
+    q = fmaf(q, e, -0.7213401794433594f);
+    q = fmaf(q, e, 1.4426950216293335f);
+    return fmaf(q, e, fmaxf(v, 0.f));
+}
+
+// ---- 16-bit values -------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float unpack_low(u32 v) {
+#if BF16
+    return __uint_as_float(v << 16);
+#else
+    float r;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(r) : "r"(v));
+    return r;
+#endif
+}
+
+__device__ __forceinline__ float unpack_high(u32 v) {
+#if BF16
+    return __uint_as_float(v & 0xffff0000u);
+#else
+    float r;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(r) : "r"(v));
+    return r;
+#endif
+}
+
+template <bool TO_BF16>
+__device__ __forceinline__ u32 pack_as(float low, float high) {
+    u32 r;
+    if (TO_BF16) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    }
+    return r;
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) { return pack_as<BF16>(low, high); }
+
+// base + position * stride bytes in one instruction; an offset inside one image may pass 4 GiB.
+__device__ __forceinline__ u64 at(u64 base, u32 position, u32 stride) {
+    u64 r;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(r) : "r"(position), "r"(stride), "l"(base));
+    return r;
+}
+
+__device__ __forceinline__ u32 load_32(u64 address) {
+    u32 r;
+    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(r) : "l"(address));
+    return r;
+}
+
+__device__ __forceinline__ u32 load_16(u64 address) {
+    u16 r;
+    asm volatile("ld.global.nc.b16 %0, [%1];" : "=h"(r) : "l"(address));
+    return r;
+}
+
+// Two 16-bit values. ALIGNED: adjacent, at a multiple of 4 bytes; otherwise the second is `distance` bytes on.
+template <bool ALIGNED>
+__device__ __forceinline__ u32 load_pair(u64 address, u32 distance) {
+    return ALIGNED ? load_32(address) : load_16(address) | (load_16(address + distance) << 16);
+}
+
+// ---- tensor cores --------------------------------------------------------------------------------------------------
+// d[0], d[1] belong to row lane / 4 and d[2], d[3] to that row + 8; columns 2 (lane % 4) and the next one.
+
+#if BF16
+#define MMA_TYPES "f32.bf16.bf16.f32"
+#else
+#define MMA_TYPES "f32.f16.f16.f32"
+#endif
+
+// d = A b + c.
+__device__ __forceinline__ void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b, float c0, float c1, float c2, float c3) {
+    asm("mma.sync.aligned.m16n8k8.row.col." MMA_TYPES " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b), "f"(c0), "f"(c1), "f"(c2), "f"(c3));
+}
+
+__device__ __forceinline__ void mma_k16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, float c0,
+                                        float c1, float c2, float c3) {
+    asm("mma.sync.aligned.m16n8k16.row.col." MMA_TYPES
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c0), "f"(c1), "f"(c2), "f"(c3));
+}
+
+// Row g of the product is channel 2 g, row g + 8 is channel 2 g + 1, so a lane owns two adjacent channels.
+// The weights carry log2(e) and are split into TERMS 16-bit parts, which multiply the same 16-bit ranks exactly.
+template <int TERMS>
+struct StepWeights {
+    u32 part[RANK_FRAGMENTS][TERMS][2];
+    float bias[2];  // times log2(e)
+
+    __device__ __forceinline__ static float read(const void* weight, u64 index) {
+#if WEIGHT16
+        return unpack_low(reinterpret_cast<const u16*>(weight)[index]);
+#else
+        return reinterpret_cast<const float*>(weight)[index];
+#endif
+    }
+
+    // weight (4, E, RANK), bias (4, E); the two channels are valid ones.
+    __device__ __forceinline__ void load(const void* weight, const float* dt_bias, int route, int E, int channel0,
+                                         int channel1, int t) {
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            const u64 line = u64(route) * E + (row ? channel1 : channel0);
+            bias[row] = dt_bias[line] * LOG2E;
+#pragma unroll
+            for (int i = 0; i < RANK_FRAGMENTS; i++) {
+                const int slot = 8 * i + 2 * t;
+                float low = slot < RANK ? read(weight, line * RANK + slot) * LOG2E : 0.f;
+                float high = slot + 1 < RANK ? read(weight, line * RANK + slot + 1) * LOG2E : 0.f;
+#pragma unroll
+                for (int term = 0; term < TERMS; term++) {
+                    const u32 packed = pack(low, high);
+                    part[i][term][row] = packed;
+                    low -= unpack_low(packed);
+                    high -= unpack_high(packed);
+                }
+            }
+        }
+    }
+
+    // d = log2(e) (W r + bias) for 16 channels x 8 positions; raw: the k = 8 operands of those positions.
+    __device__ __forceinline__ void apply(float (&d)[4], const u32 (&raw)[FRAGMENTS]) const {
+#pragma unroll
+        for (int i = 0; i < RANK_FRAGMENTS; i++) {
+            mma_k16(d, part[i][0][0], part[i][0][1], part[i][1][0], part[i][1][1], raw[i], raw[i], i ? d[0] : bias[0],
+                    i ? d[1] : bias[0], i ? d[2] : bias[1], i ? d[3] : bias[1]);
+            if (TERMS == 3) {
+                mma_k8(d, part[i][TERMS - 1][0], part[i][TERMS - 1][1], raw[i], d[0], d[1], d[2], d[3]);
+            }
+        }
+    }
+};
+
+// A product with unit vectors hands every lane B (d[0], d[1]) and C (d[2], d[3]) of the positions it owns, as float32.
+struct InputOutputSelector {
+    u32 b, c;
+
+    __device__ __forceinline__ explicit InputOutputSelector(int t) {
+        constexpr int SLOT = RANK % 8;
+        b = pack(2 * t == SLOT ? 1.f : 0.f, 2 * t + 1 == SLOT ? 1.f : 0.f);
+        constexpr int NEXT = (RANK + 1) % 8;
+        c = pack(2 * t == NEXT ? 1.f : 0.f, 2 * t + 1 == NEXT ? 1.f : 0.f);
+    }
+
+    __device__ __forceinline__ void apply(float (&d)[4], const u32 (&raw)[FRAGMENTS]) const {
+        constexpr int I = RANK / 8;
+        if (RANK % 8 == 7) {
+            mma_k16(d, b, 0u, 0u, c, raw[I], raw[FRAGMENTS - 1], 0.f, 0.f, 0.f, 0.f);
+        } else {
+            mma_k8(d, b, c, raw[I], 0.f, 0.f, 0.f, 0.f);
+        }
+    }
+};
+
+// ---- the order of a route --------------------------------------------------------------------------------------------
+
+struct Fold {  // n = quotient * divisor + remainder without a division
+    u32 divisor, magic;
+
+    __device__ __forceinline__ explicit Fold(u32 d) : divisor(d), magic(0xffffffffu / d) {}
+    __device__ __forceinline__ void split(u32 n, u32& quotient, u32& remainder) const {
+        quotient = __umulhi(n, magic);
+        remainder = n - quotient * divisor;
+        if (remainder >= divisor) {
+            quotient++;
+            remainder -= divisor;
+        }
+    }
+};
+
+// ---- mbarriers: signals between warps of a block that do not stop the one who gives them -----------------------------
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+__device__ __forceinline__ void barrier_init(u64* barrier, u32 count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// One arrival on behalf of the warp, after everything its lanes wrote.
+__device__ __forceinline__ void barrier_arrive(u64* barrier, int lane) {
+    __syncwarp();
+    if (lane == 0) {
+        asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(shared_address(barrier))
+                     : "memory");
+    }
+}
+
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+    u32 done;
+    do {
+#if __CUDA_ARCH__ >= 900
+        asm volatile(
+            "{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+            : "=r"(done)
+            : "r"(shared_address(barrier)), "r"(parity)
+            : "memory");
+#else
+        asm volatile(
+            "{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+            : "=r"(done)
+            : "r"(shared_address(barrier)), "r"(parity)
+            : "memory");
+#endif
+    } while (!done);
+}
