@@ -1,0 +1,125 @@
+"""The folder of a run: where it lies, and the configuration, metrics and pictures in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RUNS = Path("runs")
+
+
+class RunFolder:
+    """Names of the files of a run, and the writing of those that are text.
+
+    config.yaml (the whole recipe, which `--config` reads), metrics.jsonl (a line a reading), last.safetensors and
+    best.safetensors (weights), state.pt (what `--resume` needs), curves.png, damaged.txt (images that could not be
+    read, if any), and the trackers' folders.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.last = path / "last.safetensors"
+        self.best = path / "best.safetensors"
+        self.state = path / "state.pt"
+        self.curves = path / "curves.png"
+        self.damaged = path / "damaged.txt"
+
+    def write_config(self, recipe: dict[str, Any]) -> None:
+        """Write the recipe as YAML."""
+        self.config.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+
+    def read_config(self) -> dict[str, Any]:
+        """Read the recipe of an earlier run.
+
+        Raises:
+            FileNotFoundError: This is not the folder of a run.
+        """
+        if not self.config.is_file():
+            raise FileNotFoundError(f"{self.path} is not the folder of a run: it holds no {self.config.name}")
+        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add a line to the metrics."""
+        with self.metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def read_metrics(self) -> Iterator[dict[str, Any]]:
+        """Yield the metrics in their order; a line cut short by a crash is passed over."""
+        if not self.metrics.is_file():
+            return
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop what was measured after the update a run is resumed from: it will be measured again."""
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        temporary = self.metrics.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(temporary, self.metrics)
+
+    def append_damaged(self, problem: str) -> None:
+        """Name an image that cannot be read."""
+        with self.damaged.open("a", encoding="utf-8") as stream:
+            stream.write(problem + "\n")
+
+    def read_damaged(self) -> list[str]:
+        """Return the images that could not be read so far."""
+        return self.damaged.read_text(encoding="utf-8").splitlines() if self.damaged.is_file() else []
+
+
+def new_run_folder(output: str | None, name: str, root: Path = RUNS) -> RunFolder:
+    """Create the folder of a new run.
+
+    Args:
+        output: The folder asked for, or None for the next free number below `root`.
+        name: What numbered folders are called.
+        root: Where numbered folders lie.
+
+    Raises:
+        ValueError: The folder asked for holds something, or is a file.
+    """
+    if output is not None:
+        path = Path(output).expanduser()
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--output {output} is a file; name a folder")
+        if path.is_dir() and any(path.iterdir()):
+            raise ValueError(f"--output {output} is not empty; name another folder, or go on with --resume {output}")
+        path.mkdir(parents=True, exist_ok=True)
+        return RunFolder(path)
+    root.mkdir(parents=True, exist_ok=True)
+    taken = [
+        int(match[1]) for entry in root.iterdir() if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", entry.name))
+    ]
+    number = max(taken, default=0) + 1
+    while True:
+        path = root / f"{name}-{number:03d}"
+        try:
+            path.mkdir()
+        except FileExistsError:  # another run took the number in this moment
+            number += 1
+        else:
+            return RunFolder(path)
+
+
+def newest_checkpoint(root: Path = RUNS) -> Path:
+    """Return the best weights of the run that was written to last.
+
+    Raises:
+        FileNotFoundError: There is no run with weights.
+    """
+    found = [path for pattern in ("best.safetensors", "last.safetensors") for path in root.glob(f"*/{pattern}")]
+    if not found:
+        raise FileNotFoundError(f"no weights in {root}/: train a model with `vmamba train`, or name a file")
+    newest = max(found, key=lambda path: path.stat().st_mtime).parent
+    return newest / ("best.safetensors" if (newest / "best.safetensors").is_file() else "last.safetensors")
