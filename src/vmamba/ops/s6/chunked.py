@@ -178,16 +178,15 @@ def softplus_gradient_(dy: Tensor, x: Tensor) -> Tensor:
 
 def _to_grid(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """Lay sequences (B, K·C, L) out as [K, T, B, G, C], with zeros after their end."""
-    batch, channels, length = x.shape
-    G, T = chunk_grid(length)
-    x = F.pad(x.to(dtype), (0, G * T - length)).transpose(1, 2).contiguous()  # (B, G·T, K·C)
-    return x.view(batch, G, T, groups, channels // groups).permute(3, 2, 0, 1, 4).contiguous()
+    G, T = chunk_grid(x.shape[2])
+    padding = G * T - x.shape[2]
+    x = F.pad(x.to(dtype), (0, padding)) if padding else x.to(dtype)
+    return x.unflatten(2, (G, T)).unflatten(1, (groups, -1)).permute(1, 4, 0, 3, 2).contiguous()
 
 
-def _from_grid(x: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """Undo `_to_grid`."""
-    sequences = x.permute(2, 3, 1, 0, 4).flatten(3).flatten(1, 2)  # (B, G·T, K·C)
-    return sequences.transpose(1, 2)[..., :length].to(dtype).contiguous()
+def _from_grid(x: Tensor, length: int) -> Tensor:
+    """Undo `_to_grid`: [K, T, B, G, C] to (B, K·C, L)."""
+    return x.permute(2, 0, 4, 3, 1).flatten(3).flatten(1, 2)[..., :length]
 
 
 def _prepare(
@@ -231,7 +230,7 @@ def forward(
         drive = dt * u_grid
         out = u_grid.zero_() if D is None else u_grid.mul_(D.view(groups, 1, 1, 1, -1))
         scan_outputs(dt, drive, grouped_A, B_grid, C_grid, out.unbind(0))
-        y[part] = _from_grid(out, length, dtype)
+        y[part] = _from_grid(out, length)
     return y
 
 
@@ -273,8 +272,8 @@ def backward(
             du_grid = ddrive.mul_(dt).addcmul_(dy_grid, D.view(groups, 1, 1, 1, -1))
         else:
             du_grid = ddrive.mul_(dt)
-        du[part] = _from_grid(du_grid, length, u.dtype)
-        ddelta[part] = _from_grid(ddt, length, delta.dtype)
-        dB[part] = _from_grid(dB_grid, length, B.dtype).view_as(dB[part])
-        dC[part] = _from_grid(dC_grid, length, C.dtype).view_as(dC[part])
+        du[part] = _from_grid(du_grid, length)
+        ddelta[part] = _from_grid(ddt, length)
+        dB[part] = _from_grid(dB_grid, length).view_as(dB[part])
+        dC[part] = _from_grid(dC_grid, length).view_as(dC[part])
     return du, ddelta, dA.view_as(A), dB, dC, dD, dbias

@@ -6,6 +6,7 @@ one small matrix product per route, in scan order, from the low-rank part.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -72,14 +73,12 @@ class _Orders:
     def merge(self, stores: dict[Route, Tensor], back: tuple[Route, ...]) -> Tensor:
         """Add stored orders up on the map, (B, L, C), each put back along the route in `back` of its route."""
         back_keys = {self.key(route): self.key(other) for route, other in zip(self.pattern, back, strict=True)}
-        first, *others = (self.restore(stored, back_keys[key]) for key, stored in stores.items())
-        for other in others:
-            first = first + other
-        return first
+        return reduce(torch.add, (self.restore(stored, back_keys[key]) for key, stored in stores.items()))
 
     def sum_by_key(self, per_route: Tensor, key: Route) -> Tensor:
         """Add up the rows (K, E) of the routes with a key."""
-        return per_route[[k for k, route in enumerate(self.pattern) if self.key(route) == key]].sum(0)
+        rows = [per_route[k] for k, route in enumerate(self.pattern) if self.key(route) == key]
+        return reduce(torch.add, rows)
 
     def projections(self, projected: Tensor, ks: slice, R: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Read Δ-rank, B and C of some routes in scan order: [K, T, B', G, R or N]."""
