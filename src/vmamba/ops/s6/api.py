@@ -105,17 +105,7 @@ def _selective_scan(
 
 
 @_selective_scan.register_fake
-def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    backend: str,
-) -> Tensor:
+def _(u: Tensor, *_: Any) -> Tensor:
     return u.new_empty(u.shape, dtype=state_dtype(u.dtype))
 
 
@@ -136,26 +126,13 @@ def _selective_scan_backward(
     with torch.autocast(u.device.type, enabled=False):
         grads = implementation.backward(dy, u, delta, A, B, C, D, delta_bias, delta_softplus)
     # An operator returns tensors only: an empty one stands for the gradient of an absent input.
-    du, ddelta, dA, dB, dC, dD, dbias = (A.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+    du, ddelta, dA, dB, dC, dD, dbias = (dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
     return du, ddelta, dA, dB, dC, dD, dbias
 
 
 @_selective_scan_backward.register_fake
-def _(
-    dy: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    du, ddelta, dA, dB, dC = (tensor.new_empty(tensor.shape) for tensor in (u, delta, A, B, C))
-    dD, dbias = (A.new_empty(0 if vector is None else vector.shape[0]) for vector in (D, delta_bias))
-    return du, ddelta, dA, dB, dC, dD, dbias
+def _(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs[:7])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -178,23 +178,8 @@ def _ss2d_scan_backward(
 
 
 @_ss2d_scan_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    projected: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    height: int,
-    width: int,
-    routes: str,
-    flip_back: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (x, projected, dt_weight, dt_bias, A, D)
-    dx, dprojected, ddt_weight, ddt_bias, dA, dD = (tensor.new_empty(tensor.shape) for tensor in inputs)
-    return dx, dprojected, ddt_weight, ddt_bias, dA, dD
+def _(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:6])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
