@@ -139,18 +139,19 @@ def test_what_training_scripts_save_beside_the_weights_is_passed_over(tmp_path):
     assert checkpoint.epoch == 12
 
 
-def test_the_allow_list_is_left_as_it_was(tmp_path):
+@pytest.mark.parametrize(
+    "known", [[], [Payload], [(dict, "yacs.config.CfgNode")], [(OrderedDict, "yacs.config.CfgNode")]]
+)
+def test_the_allow_list_is_left_as_it_was(known, tmp_path):
     save_as_authors(tmp_path / "a.pth", small_model())
-    mine = (dict, "yacs.config.CfgNode")
-    torch.serialization.add_safe_globals([mine, (OrderedDict, "yacs.config.CfgNode")])
-    try:
+    with torch.serialization.safe_globals(known):
         before = set(torch.serialization.get_safe_globals())
-        read_checkpoint(tmp_path / "a.pth")
+        assert read_checkpoint(tmp_path / "a.pth").config is not None
         assert set(torch.serialization.get_safe_globals()) == before
-    finally:
-        torch.serialization.clear_safe_globals()
-    read_checkpoint(tmp_path / "a.pth")
-    assert torch.serialization.get_safe_globals() == []
+        (tmp_path / "b.pth").write_bytes(b"damaged")
+        with pytest.raises(CheckpointError):
+            read_checkpoint(tmp_path / "b.pth")
+        assert set(torch.serialization.get_safe_globals()) == before
 
 
 def test_files_load_from_several_threads_at_once(tmp_path):

@@ -9,7 +9,7 @@ import uuid
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -193,13 +193,34 @@ def _read_pickle(path: Path) -> Any:
     with _ALLOW_LIST_LOCK, warnings.catch_warnings():
         # torch warns of pickle protocols other than its own; whether the file can be read is decided below.
         warnings.simplefilter("ignore")
-        allowed = set(torch.serialization.get_safe_globals())
-        ours = [entry for entry in ((stand_in, name) for name, stand_in in STAND_INS.items()) if entry not in allowed]
         try:
-            with torch.serialization.safe_globals(ours):  # type: ignore[arg-type]
+            with _stand_ins():
                 return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can raise anything, from KeyError to UnicodeDecodeError
             raise _explain(path, error) from error
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Allow the stand-ins in place of what the process may allow under their names (yacs' own class, say)."""
+    from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
+
+    def name_of(entry: Any) -> str:
+        return entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
+
+    ours = {(stand_in, name) for name, stand_in in STAND_INS.items()}
+    displaced = [entry for entry in get_safe_globals() if name_of(entry) in STAND_INS]
+
+    def exchange(out: Collection[Any], into: Collection[Any]) -> None:
+        kept = [entry for entry in get_safe_globals() if entry not in out]
+        clear_safe_globals()
+        add_safe_globals([*kept, *into])
+
+    exchange(displaced, ours)
+    try:
+        yield
+    finally:
+        exchange(ours, displaced)
 
 
 def _check_zip(path: Path) -> None:
