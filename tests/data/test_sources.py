@@ -66,7 +66,7 @@ def test_fashion_mnist_from_idx_files(tmp_path, suffix):
 
 def test_idx_errors_name_the_file(tmp_path):
     folder = write_fashion(tmp_path / "data")
-    with pytest.raises(FileNotFoundError, match="no train-images-idx3-ubyte or train-images-idx3-ubyte.gz in"):
+    with pytest.raises(FileNotFoundError, match=r"no train-images-idx3-ubyte or train-images-idx3-ubyte\.gz in"):
         open_source(f"fashion-mnist:{tmp_path}")
     images = folder / "train-images-idx3-ubyte"
     whole = images.read_bytes()
@@ -94,7 +94,7 @@ def test_fashion_mnist_download_failure_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(FashionMNIST, "__init__", no_network)
     monkeypatch.setenv("VMAMBA_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="could not be downloaded.*--data fashion-mnist:FOLDER") as caught:
+    with pytest.raises(ValueError, match=r"could not be downloaded.*--data fashion-mnist:FOLDER") as caught:
         open_source("fashion-mnist")
     assert "\n" not in str(caught.value)
 
@@ -147,7 +147,7 @@ def test_unknown_data_is_told_what_was_looked_for(spec, message):
 
 
 def test_folders_without_what_is_needed(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no class folders: expected .*/CLASS/IMAGE"):
+    with pytest.raises(FileNotFoundError, match=r"no class folders: expected .*/CLASS/IMAGE"):
         open_source(str(tmp_path))
     (tmp_path / "cat").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no images below .*looked for \.bmp"):

@@ -1,0 +1,237 @@
+import os
+import signal
+from io import StringIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from vmamba.models.checkpoint import load_model
+from vmamba.training import engine
+from vmamba.training.checkpointing import load_state
+from vmamba.training.engine import TrainingInterruptedError, train
+from vmamba.training.guards import TrainingFailedError
+from vmamba.training.recipe import AugmentationOptions, OptimizerOptions, Recipe
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """A folder of 3 × 12 images of three colours with noise, which a model tells apart quickly."""
+    root = tmp_path_factory.mktemp("colours")
+    generator = np.random.default_rng(0)
+    for channel, name in enumerate(("red", "green", "blue")):
+        (root / name).mkdir()
+        for index in range(12):
+            pixels = generator.integers(0, 120, (40, 40, 3), dtype=np.uint8)
+            pixels[..., channel] += 120
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root
+
+
+def recipe(data, output, **changes):
+    options = {"model": "vmamba_test", "img_size": 32, "epochs": 2, "batch_size": 8, "held_out": 0.25, "log_every": 2}
+    options["model_options"] = {"drop_path_rate": 0.2}
+    return Recipe(data=str(data), output=str(output), **{**options, "trackers": (), **changes})
+
+
+def quiet():
+    return Console(file=StringIO())
+
+
+def stop_after(monkeypatch, updates):
+    """Send this process SIGINT once the given number of updates is made."""
+    original, made = engine._update, []
+
+    def counted(run, batch):
+        made.append(1)
+        if len(made) == updates:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(run, batch)
+
+    monkeypatch.setattr(engine, "_update", counted)
+
+
+def state_of(folder):
+    position, parts, _ = load_state(folder / "state.pt")
+    return position, parts
+
+
+def assert_same(one, other):
+    """Compare nested state dicts bit for bit."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    else:
+        assert one == other
+
+
+def test_a_run_learns_and_leaves_all_its_files(colours, tmp_path):
+    plain, fast = AugmentationOptions(policy="none"), OptimizerOptions(lr=1e-2)
+    options = {"epochs": 4, "augmentation": plain, "optimizer": fast, "trackers": ("tensorboard",)}
+    result = train(recipe(colours, tmp_path / "run", **options), quiet())
+    assert result.report.count == 9
+    assert result.report.top1 == 1.0
+    files = {path.name for path in result.folder.path.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "last.safetensors", "best.safetensors", "state.pt", "curves.png"} <= files
+    assert list((result.folder.path / "tensorboard").glob("events.out.tfevents.*"))
+    epochs = [record for record in result.folder.read_metrics() if record["kind"] == "epoch"]
+    assert [record["epoch"] for record in epochs] == [1, 2, 3, 4]
+    assert epochs[-1]["top1"] == result.report.top1
+    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
+    model, metadata = load_model(result.folder.last)
+    assert metadata["labels"] == ["blue", "green", "red"]
+    assert (metadata["img_size"], metadata["epoch"]) == (32, 4)
+    assert model.config.num_classes == 3
+
+
+@pytest.mark.parametrize(("updates", "ema"), [(2, 0.0), (3, 0.9), (5, 0.9)])
+def test_an_interrupted_run_ends_bit_equal_to_an_unbroken_one(colours, tmp_path, monkeypatch, updates, ema):
+    options = {
+        "optimizer": OptimizerOptions(ema_decay=ema),
+        "augmentation": AugmentationOptions(policy="photo", mixup=0.5),
+    }
+    straight = train(recipe(colours, tmp_path / "straight", **options), quiet())
+    with monkeypatch.context() as patch:
+        stop_after(patch, updates)
+        with pytest.raises(TrainingInterruptedError, match="go on with: vmamba train --resume") as caught:
+            train(recipe(colours, tmp_path / "broken", **options), quiet())
+    assert caught.value.exit_status == 130
+    assert state_of(tmp_path / "broken")[0].updates == updates
+    resumed = train(recipe(colours, tmp_path / "broken", resume=str(tmp_path / "broken"), **options), quiet())
+    (position, parts), (other_position, other_parts) = state_of(tmp_path / "straight"), state_of(tmp_path / "broken")
+    assert_same(parts, other_parts)
+    assert (position.updates, position.best_top1) == (other_position.updates, other_position.best_top1)
+    assert resumed.report == straight.report
+    records = [
+        [{k: v for k, v in record.items() if k != "images_per_second"} for record in result.folder.read_metrics()]
+        for result in (straight, resumed)
+    ]
+    assert [r for r in records[0] if r["kind"] == "epoch"] == [r for r in records[1] if r["kind"] == "epoch"]
+
+
+def test_an_interrupt_during_evaluation_is_resumed_there(colours, tmp_path, monkeypatch):
+    straight = train(recipe(colours, tmp_path / "straight", epochs=1), quiet())
+    original = engine._evaluate
+
+    def interrupted(run):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_evaluate", interrupted)
+        with pytest.raises(TrainingInterruptedError):
+            train(recipe(colours, tmp_path / "broken", epochs=1), quiet())
+    resumed = train(recipe(colours, tmp_path / "broken", epochs=1, resume=str(tmp_path / "broken")), quiet())
+    assert resumed.report == straight.report
+
+
+def test_a_finished_run_can_be_prolonged(colours, tmp_path):
+    train(recipe(colours, tmp_path / "run", epochs=1), quiet())
+    longer = train(recipe(colours, tmp_path / "run", epochs=3, resume=str(tmp_path / "run")), quiet())
+    assert [r["epoch"] for r in longer.folder.read_metrics() if r["kind"] == "epoch"] == [1, 2, 3]
+
+
+def test_a_resumed_run_refuses_to_become_another(colours, tmp_path):
+    train(recipe(colours, tmp_path / "run", epochs=1), quiet())
+    with pytest.raises(ValueError, match="a resumed run keeps its batch_size: it was 8, 4 was asked for"):
+        train(recipe(colours, tmp_path / "run", batch_size=4, resume=str(tmp_path / "run")), quiet())
+    with pytest.raises(ValueError, match="a run stays in its folder"):
+        train(recipe(colours, tmp_path / "other", resume=str(tmp_path / "run")), quiet())
+    with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
+        train(recipe(colours, tmp_path / "none", resume=str(tmp_path / "none")), quiet())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "vmamba_tny"}, "vmamba_tiny"),
+        ({"data": "digts"}, "did you mean digits"),
+        ({"model_options": {"num_classes": 5}}, "the data decides it"),
+        ({"model_options": {"depth": 5}}, "depth"),
+        ({"weights": "/no/such/file.pth"}, "no file"),
+        ({"precision": "fp16", "device": "cpu"}, "fp16 needs a GPU"),
+        ({"augmentation": AugmentationOptions(policy="photo", auto_augment="zzz")}, "does not understand"),
+    ],
+)
+def test_nothing_is_written_for_a_recipe_that_cannot_be_carried_out(colours, tmp_path, changes, message):
+    options = {"data": colours, **changes}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(recipe(options.pop("data"), tmp_path / "run", **options), quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_tracker_is_refused(colours, tmp_path):
+    with pytest.raises(ValueError, match="--trackers nosuch: not installed or unknown"):
+        train(recipe(colours, tmp_path / "run", trackers=("nosuch",)), quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_images_are_skipped_and_named(colours, tmp_path):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(colours, data)
+    for name in ("red/3.png", "blue/0.png", "green/7.png"):
+        (data / name).write_bytes((data / name).read_bytes()[:200])
+    result = train(recipe(data, tmp_path / "run"), quiet())
+    assert len(result.damaged) == 3
+    assert sorted(result.damaged) == sorted((tmp_path / "run" / "damaged.txt").read_text().splitlines())
+
+
+def test_images_that_are_all_damaged_are_an_error(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(4):
+            (tmp_path / "data" / name / f"{index}.png").write_bytes(b"no")
+    with pytest.raises(ValueError, match="none of the 6 training images can be read"):
+        train(recipe(tmp_path / "data", tmp_path / "run", batch_size=4), quiet())
+
+
+def test_a_diverging_run_stops_with_advice(colours, tmp_path, monkeypatch):
+    def explode(logits, targets, label_smoothing):
+        return logits.sum() * float("nan")
+
+    monkeypatch.setattr(engine, "classification_loss", explode)
+    with pytest.raises(TrainingFailedError, match="the loss became nan by step 2 of epoch 1"):
+        train(recipe(colours, tmp_path / "run"), quiet())
+
+
+def test_weights_of_another_run_are_a_start(colours, tmp_path):
+    first = train(recipe(colours, tmp_path / "first"), quiet())
+    frozen = OptimizerOptions(lr=0.0, min_lr=0.0, warmup_lr=0.0)
+    second = train(
+        recipe(colours, tmp_path / "second", epochs=1, weights=str(first.folder.last), optimizer=frozen), quiet()
+    )
+    assert_same(state_of(tmp_path / "first")[1]["model"], state_of(tmp_path / "second")[1]["model"])
+    assert second.report.top1 == first.report.top1
+
+
+def test_bf16_trains_on_the_cpu(colours, tmp_path):
+    result = train(recipe(colours, tmp_path / "run", precision="bf16", epochs=1), quiet())
+    assert np.isfinite(result.report.loss)
+    assert all(value.dtype == torch.float32 for value in state_of(tmp_path / "run")[1]["model"].values())
+
+
+def test_progress_is_a_line_an_epoch_outside_a_terminal(colours, tmp_path):
+    console = quiet()
+    train(recipe(colours, tmp_path / "run"), console)
+    lines = [line for line in console.file.getvalue().splitlines() if line.startswith("epoch")]
+    assert len(lines) == 2
+    assert "img/s" in lines[0]
+
+
+def test_progress_is_a_live_bar_in_a_terminal(colours, tmp_path):
+    console = Console(file=StringIO(), force_terminal=True, width=120)
+    train(recipe(colours, tmp_path / "run"), console)
+    shown = console.file.getvalue()
+    for part in ("epoch 2/2", "loss", "acc", "img/s", "0:00:0"):
+        assert part in shown
