@@ -14,10 +14,20 @@ _WHERE = {
     "create_model": "vmamba.models.registry",
     "list_models": "vmamba.models.config",
     "load_checkpoint": "vmamba.models.checkpoint",
+    "load_model": "vmamba.models.checkpoint",
     "save_checkpoint": "vmamba.models.checkpoint",
 }
 
-__all__ = ["VMamba", "VMambaConfig", "__version__", "create_model", "list_models", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "VMamba",
+    "VMambaConfig",
+    "__version__",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+    "load_model",
+    "save_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -33,6 +33,7 @@ def test_published_table_says_what_the_reference_data_says() -> None:
         assert ours.gflops == facts["gflops_exact_official_counter"]["224"]
         published = facts.get("published") or {}
         assert ours.url == published.get("ckpt")
+        assert ours.ema == facts.get("published_is_ema", True)
         assert get_config(name) == VMambaConfig.from_official(**facts["kwargs"])
 
 

@@ -5,7 +5,7 @@ import timm
 import torch
 from timm.models import group_parameters
 
-import vmamba.models  # noqa: F401 (registers the names)
+import vmamba.models
 from vmamba.models import list_models
 
 # One variant of each kind of architecture runs; all are checked without running on the meta device.
@@ -105,6 +105,18 @@ def test_other_channels_and_classes() -> None:
     assert model.get_classifier().out_features == 7
     with pytest.raises(ValueError, match="global_pool must be"):
         model.reset_classifier(7, "max")
+
+
+def test_pretrained_weights_follow_channels_classes_and_the_published_choice_of_average(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("VMAMBA_WEIGHTS_DIR", str(tmp_path))
+    raw = vmamba.create_model("vanilla_vmamba_tiny", in_chans=3)
+    average = {name: value + 1 for name, value in raw.state_dict().items()}
+    torch.save({"model": raw.state_dict(), "model_ema": average}, tmp_path / "vanilla_vmamba_tiny.pth")
+    model = timm.create_model("vanilla_vmamba_tiny", pretrained=True, num_classes=7, in_chans=1)
+    theirs = raw.state_dict()  # this one's accuracy was published for the raw weights
+    torch.testing.assert_close(model.layers[0].blocks[0].op.A_logs, theirs["layers.0.blocks.0.op.A_logs"])
+    torch.testing.assert_close(model.patch_embed[0].weight, theirs["patch_embed.0.weight"].sum(1, keepdim=True))
+    assert model.classifier.head.weight.shape[0] == 7
 
 
 def test_grad_checkpointing_is_reached_through_timm() -> None:

@@ -20,6 +20,7 @@ class PublishedModel:
         top1: ImageNet-1K accuracy in percent at 224 × 224, where published.
         throughput: images a second on one A100 at batch 128, where published.
         file: the weights' place under the authors' releases, where published.
+        ema: whether the published accuracy is that of the averaged weights in the file.
         changes: constructor arguments that differ from the family's.
     """
 
@@ -30,6 +31,7 @@ class PublishedModel:
     top1: float | None = None
     throughput: int | None = None
     file: str | None = None
+    ema: bool = True
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -127,6 +129,7 @@ PUBLISHED: Mapping[str, PublishedModel] = MappingProxyType(
             top1=82.2,
             throughput=426,
             file="%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth",
+            ema=False,
         ),
         "vmambav2_base_224": PublishedModel(
             "s2",

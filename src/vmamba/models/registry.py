@@ -81,7 +81,10 @@ def _build(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     kwargs = {k: v for k, v in kwargs.items() if v is not None or k not in VMambaConfig.field_names()}
 
     def build(**fields: Any) -> nn.Module:
-        return VMamba(get_config(name, **fields))
+        model = VMamba(get_config(name, **fields))
+        published = published_info(name)
+        model.prefer_ema = published is None or published.ema
+        return model
 
     return build_model_with_cfg(
         build,

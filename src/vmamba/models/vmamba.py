@@ -3,6 +3,7 @@
 Maps are channels-last, (B, H, W, D), inside; images and returned features are (B, C, H, W).
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -118,6 +119,7 @@ class VMamba(nn.Module):
         self.global_pool = config.global_pool
         self.num_features = self.head_hidden_size = dims[-1]
         self.grad_checkpointing = False
+        self.prefer_ema = True  # which of a published file's weights `load_pretrained` takes
 
         self.patch_embed = make_stem(
             config.stem, config.in_chans, dims[0], config.patch_size, config.norm_layer, config.patch_norm
@@ -287,10 +289,22 @@ class VMamba(nn.Module):
         }
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
-        """Load published or own weights from a file; timm calls this for `pretrained=True`."""
-        from vmamba.models.checkpoint import load_checkpoint
+        """Load published or own weights from a file; timm calls this for `pretrained=True`.
 
-        load_checkpoint(self, checkpoint_path, adapt_classifier=True)
+        With another number of classes the head starts afresh; with another number of input channels the first
+        convolution's weights are adapted as timm does it.
+        """
+        from timm.models import adapt_input_conv
+
+        from vmamba.models.checkpoint import load_checkpoint, read_checkpoint
+
+        checkpoint = read_checkpoint(checkpoint_path, prefer_ema=self.prefer_ema)
+        first = "patch_embed.0.weight"
+        weights = dict(checkpoint.state_dict)
+        if first in weights and weights[first].shape[1] == 3 != self.in_chans:
+            weights[first] = adapt_input_conv(self.in_chans, weights[first])
+            checkpoint = dataclasses.replace(checkpoint, state_dict=weights)
+        load_checkpoint(self, checkpoint, adapt_classifier=True)
 
 
 class VMambaBackbone(VMamba):
