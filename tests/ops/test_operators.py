@@ -156,6 +156,29 @@ def test_inference_mode(case):
     assert torch.equal(inside, case.op(*inputs))
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("lone", [True, False])
+def test_inputs_are_left_as_they_were(s6_inputs, ss2d_inputs, size, lone):
+    # Where a dimension is 1, what looks like a rearranged copy can be the input itself.
+    batch, groups, channels, N = (1, 1, 1, 1) if lone else (2, 2, 3, 2)
+    for op, inputs, options in (
+        (selective_scan, s6_inputs(batch, groups, channels, N, size), {"delta_softplus": True}),
+        (selective_scan, s6_inputs(batch, groups, channels, N, size)[:5], {}),
+        (ss2d_scan, ss2d_inputs(batch, size, size, channels, N, 1), {"height": size, "width": size}),
+        (
+            ss2d_scan,
+            ss2d_inputs(batch, 1, size, channels, N, 1, "unidi"),
+            {"height": 1, "width": size, "routes": "unidi"},
+        ),
+    ):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        y = op(*leaves, **options)
+        dy = torch.ones_like(y)
+        torch.autograd.grad(y, leaves, dy)
+        assert all(map(torch.equal, leaves, inputs))
+        assert torch.equal(dy, torch.ones_like(y))
+
+
 def test_only_the_inputs_are_kept_for_the_backward(case):
     kept = []
     inputs = with_grad(case.inputs())

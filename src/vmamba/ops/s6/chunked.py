@@ -180,8 +180,10 @@ def _to_grid(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """Lay sequences (B, K·C, L) out as [K, T, B, G, C], with zeros after their end."""
     G, T = chunk_grid(x.shape[2])
     padding = G * T - x.shape[2]
-    x = F.pad(x.to(dtype), (0, padding)) if padding else x.to(dtype)
-    return x.unflatten(2, (G, T)).unflatten(1, (groups, -1)).permute(1, 4, 0, 3, 2).contiguous()
+    x = F.pad(x, (0, padding)) if padding else x
+    grid = x.unflatten(2, (G, T)).unflatten(1, (groups, -1)).permute(1, 4, 0, 3, 2)
+    # A copy in any case, never a view: callers work in place.
+    return torch.empty(grid.shape, dtype=dtype, device=x.device).copy_(grid)
 
 
 def _from_grid(x: Tensor, length: int) -> Tensor:
