@@ -78,7 +78,7 @@ def select_backend(op: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
 def explain_backends(device: torch.device | str | None = None) -> list[BackendRow]:
     """Say for each operation which backends can run on a device, which one "auto" picks, and why others cannot.
 
-    The question is put for a typical case: float32 tensors of a small map and d_state 1.
+    The question is put for a typical case: a small map, d_state 1, bfloat16 on a GPU and float32 elsewhere.
 
     Args:
         device: By default the first CUDA device if there is one, otherwise the CPU.
@@ -100,9 +100,11 @@ def explain_backends(device: torch.device | str | None = None) -> list[BackendRo
 
 
 def _typical_arguments(op: str, device: torch.device) -> tuple[Any, ...]:
-    def empty(*shape: int) -> Tensor:
-        return torch.zeros(shape, device=device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, device=device, dtype=dtype)
 
     if op == "selective_scan":
-        return empty(1, 64, 16), empty(1, 64, 16), empty(64, 1), empty(1, 4, 1, 16)
-    return empty(1, 16, 32), empty(1, 16, 4 * (2 + 2)), empty(4, 32, 2), empty(4, 32, 1), "cross2d"
+        return zeros(1, 64, 16), zeros(1, 64, 16), zeros(64, 1).float(), zeros(1, 4, 1, 16)
+    return zeros(1, 16, 32), zeros(1, 16, 4 * (2 + 2)), zeros(4, 32, 2), zeros(4, 32, 1).float(), "cross2d"
