@@ -47,38 +47,59 @@ def why_not(x: Tensor, projected: Tensor, dt_weight: Tensor, A: Tensor, routes: 
 
 
 class Plan(NamedTuple):
-    """How a forward is cut up: positions a lane owns, warps a route, bytes of shared memory a block."""
+    """How a forward is cut up.
+
+    Attributes:
+        span: Positions that a lane owns in a chunk; a chunk is four spans.
+        warps: Warps that share one route.
+        images: Images that a block takes one after another.
+        apart: Whether the four routes are four blocks of a cluster rather than one block.
+        blocks: Blocks that a multiprocessor should hold; what it holds at most bounds the registers of a thread.
+    """
 
     span: int
     warps: int
-    shared_bytes: int
+    images: int
+    apart: bool
+    blocks: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps * (1 if self.apart else 2)
+
+    def shared_bytes(self, height: int, width: int) -> int:
+        """Dynamic shared memory of a block: what `struct Shared` holds, then the float32 maps."""
+        warps = self.threads // 32
+        fixed = 64 + warps * 2 * 2 * (4 * self.span) * 4 + warps * (64 + 8) + 8 * self.warps + 8
+        return -(-fixed // 128) * 128 + self.images * height * (-(-width // 2) * 2) * _SLOT_BYTES
 
 
-def _shared_bytes(height: int, width: int, span: int, warps: int) -> int:
-    tables = 64 + 2 * (2 * warps) * 2 * (4 * span) * 4
-    signals = 2 * warps * 64 + 2 * warps * 8 + 5 * 8
-    fixed = -(-(tables + signals) // 128) * 128
-    return fixed + height * (-(-width // 2) * 2) * _SLOT_BYTES
+def plan_forward(height: int, width: int, units: int, multiprocessors: int, clusters: bool) -> Plan:
+    """Choose how to cut up a forward.
 
-
-def plan_forward(height: int, width: int) -> Plan:
-    """Choose the cut of a forward from the size of the map."""
-    length = height * width
-    if length <= 56:
-        span, warps = 14, 1
-    elif length <= 420:
-        span, warps = 10, 1
-    elif length <= 850:
-        span, warps = 10, 2
-    elif length <= 1700:
-        span, warps = 8, 4
+    Args:
+        height: H.
+        width: W.
+        units: Groups of 16 channels in the whole batch.
+        multiprocessors: Of the GPU.
+        clusters: Whether it has thread-block clusters.
+    """
+    chunks = -(-height * width // 32)
+    if clusters and 2 * units <= multiprocessors:
+        return Plan(8, min(16, 1 << (chunks - 1).bit_length()), 1, True, 1)
+    if chunks <= 2:
+        images = 4
+    elif chunks <= 7:
+        images = 2
     else:
-        span, warps = 8, 8
-    return Plan(span, warps, _shared_bytes(height, width, span, warps))
+        images = 1
+    warps = 1 if chunks <= 13 else 2 if chunks <= 27 else 4 if chunks <= 53 else 8
+    return Plan(8, warps, images, False, 8 // warps)
 
 
 def forward_defines(
-    rank: int, dtype: torch.dtype, weight_dtype: torch.dtype, out_dtype: torch.dtype, even: bool, plan: Plan
+    rank: int, channels: int, dtype: torch.dtype, weight_dtype: torch.dtype, out_dtype: torch.dtype, plan: Plan
 ) -> tuple[nvrtc.Define, ...]:
     """Give the compile-time parameters of `forward.cu`."""
     return (
@@ -88,7 +109,10 @@ def forward_defines(
         ("OUT", _TYPES[out_dtype]),
         ("SPAN", plan.span),
         ("WARPS", plan.warps),
-        ("EVEN_E", int(even)),
+        ("EVEN_E", int(channels % 2 == 0)),
+        ("IMAGES", plan.images),
+        ("APART", int(plan.apart)),
+        ("BLOCKS", plan.blocks),
     )
 
 
@@ -116,15 +140,19 @@ def forward(
     y = x.new_empty(x.shape, dtype=out_dtype)
     if y.numel() == 0:
         return y
-    plan = plan_forward(height, width)
-    defines = forward_defines(dt_weight.shape[-1], x.dtype, dt_weight.dtype, out_dtype, channels % 2 == 0, plan)
+    rank = dt_weight.shape[-1]
+    groups = -(-channels // _CHANNELS)
+    properties = torch.cuda.get_device_properties(x.device)
+    plan = plan_forward(height, width, batch * groups, properties.multi_processor_count, clusters=properties.major >= 9)
+    defines = forward_defines(rank, channels, x.dtype, dt_weight.dtype, out_dtype, plan)
     kernel = nvrtc.get_kernel(read_source("common.cuh", "forward.cu"), "ss2d_forward", defines, x.device)
     tensors = [_aligned(t) for t in (x, projected, dt_weight, dt_bias, A, D)]
-    blocks = batch * -(-channels // _CHANNELS)
+    blocks = -(-batch // plan.images) * groups * (4 if plan.apart else 1)
     kernel.launch(
         (blocks, 1, 1),
-        64 * plan.warps,
-        [*tensors, y, height, width, channels, _ROUTES[routes]],
-        shared_bytes=plan.shared_bytes,
+        plan.threads,
+        [*tensors, y, batch, height, width, channels, _ROUTES[routes]],
+        shared_bytes=plan.shared_bytes(height, width),
+        cluster=4 if plan.apart else 1,
     )
     return y

@@ -111,6 +111,9 @@ __device__ __forceinline__ u32 load_16(u64 address) {
     return r;
 }
 
+// Keeps an address in one register pair, so that the additions above stay single instructions.
+__device__ __forceinline__ void pin(u64& address) { asm("" : "+l"(address)); }
+
 // Two 16-bit values. ALIGNED: adjacent, at a multiple of 4 bytes; otherwise the second is `distance` bytes on.
 template <bool ALIGNED>
 __device__ __forceinline__ u32 load_pair(u64 address, u32 distance) {
@@ -181,13 +184,20 @@ struct StepWeights {
 
     // d = log2(e) (W r + bias) for 16 channels x 8 positions; raw: the k = 8 operands of those positions.
     __device__ __forceinline__ void apply(float (&d)[4], const u32 (&raw)[FRAGMENTS]) const {
+        float first[4] = {bias[0], bias[0], bias[1], bias[1]};
+        if (TERMS == 3) {  // the smallest part goes first: tensor cores truncate where they add
+#pragma unroll
+            for (int i = 0; i < RANK_FRAGMENTS; i++) {
+                mma_k8(first, part[i][TERMS - 1][0], part[i][TERMS - 1][1], raw[i], i ? first[0] : 0.f,
+                       i ? first[1] : 0.f, i ? first[2] : 0.f, i ? first[3] : 0.f);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) first[i] += bias[i / 2];
+        }
 #pragma unroll
         for (int i = 0; i < RANK_FRAGMENTS; i++) {
-            mma_k16(d, part[i][0][0], part[i][0][1], part[i][1][0], part[i][1][1], raw[i], raw[i], i ? d[0] : bias[0],
-                    i ? d[1] : bias[0], i ? d[2] : bias[1], i ? d[3] : bias[1]);
-            if (TERMS == 3) {
-                mma_k8(d, part[i][TERMS - 1][0], part[i][TERMS - 1][1], raw[i], d[0], d[1], d[2], d[3]);
-            }
+            mma_k16(d, part[i][0][0], part[i][0][1], part[i][1][0], part[i][1][1], raw[i], raw[i], i ? d[0] : first[0],
+                    i ? d[1] : first[1], i ? d[2] : first[2], i ? d[3] : first[3]);
         }
     }
 };
@@ -229,6 +239,34 @@ struct Fold {  // n = quotient * divisor + remainder without a division
     }
 };
 
+// ---- shared memory by 32-bit address: what is computed once stays computed -------------------------------------------
+
+__device__ __forceinline__ u32 load_shared(u32 address) {
+    u32 r;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address));
+    return r;
+}
+
+__device__ __forceinline__ uint2 load_shared_pair(u32 address) {
+    uint2 r;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "r"(address));
+    return r;
+}
+
+__device__ __forceinline__ float2 load_shared_float2(u32 address) {
+    float2 r;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(r.x), "=f"(r.y) : "r"(address));
+    return r;
+}
+
+__device__ __forceinline__ void store_shared(u32 address, u32 v) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 address, float2 v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+
 // ---- mbarriers: signals between warps of a block that do not stop the one who gives them -----------------------------
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
@@ -263,4 +301,27 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
             : "memory");
 #endif
     } while (!done);
+}
+
+// Counters for signals that are rarely waited for.
+
+__device__ __forceinline__ void count_up(u32* counter, int lane) {
+    __syncwarp();
+    if (lane == 0) {
+        asm volatile("red.release.cta.shared.add.u32 [%0], 1;" ::"r"(shared_address(counter)) : "memory");
+    }
+}
+
+__device__ __forceinline__ void count_set(u32* counter, u32 to, int lane) {
+    __syncwarp();
+    if (lane == 0) {
+        asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(shared_address(counter)), "r"(to) : "memory");
+    }
+}
+
+__device__ __forceinline__ void count_wait(u32* counter, u32 least) {
+    u32 seen;
+    do {
+        asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(seen) : "r"(shared_address(counter)) : "memory");
+    } while (seen < least);
 }

@@ -4,45 +4,79 @@
 // one layout towards each other, first of layout 0 (rows), then of layout 1 (columns); the merge is a float32 map in
 // shared memory. A warp takes every WARPS-th chunk of its route; within a chunk a lane owns two channels and T adjacent
 // positions, all in registers. The state passes from chunk to chunk along a ring of the group's warps.
+//
+// Two variations, set at compile time:
+//   IMAGES      small maps: a block takes so many images one after another, so that weights are prepared once for all
+//   APART       1: few blocks: a cluster of four blocks, one for each route, each with a map of its own, added up last
 
 constexpr bool EXACT = OUT == 0;
 constexpr int TERMS = (BF16 && EXACT) ? 3 : 2;
 constexpr int CHUNK = 4 * T;
 constexpr int STEP = CHUNK * WARPS;  // positions of a route that its group handles at a time
-constexpr int THREADS = 64 * WARPS;
+constexpr int GROUPS = APART ? 1 : 2;
+constexpr int THREADS = 32 * GROUPS * WARPS;
 constexpr u32 FIRST = 1, OUTSIDE = 2;  // flags in the low bits of a slot
 constexpr int SLOT_BYTES = 64;
+static_assert(CHUNK <= 32 && (T & (T - 1)) == 0, "a chunk's table has one entry a lane");
 
 struct Shared {
     float dummy[16];  // where positions past the end go
-    u32 position[2 * WARPS][2][CHUNK];
-    u32 slot[2 * WARPS][2][CHUNK];
-    float carry[2][WARPS][16];
-    u64 link[2][WARPS];  // the state that warp i of a group waits for has been written
-    u64 half[2];         // a group has finished the half of the route where the two cannot meet
-    u64 middle[2];       // ... and its part of the step where they do
-    u64 layout;          // all warps have finished a layout
+    u32 position[GROUPS * WARPS][2][CHUNK];
+    u32 slot[GROUPS * WARPS][2][CHUNK];
+    float carry[GROUPS][WARPS][16];
+    u64 link[GROUPS][WARPS];  // the state that warp i of a group waits for has been written
+    u32 done[2][WARPS];  // chunks that a warp has merged where it comes first, counted on from map to map
+    u32 whole[2];        // how often a warp of the group has finished a map
 };
 
-// The map in the reading order of one layout. Its 16 sums per position are kept in slots that are permuted so that the
-// four quarters of a chunk, which a warp addresses together, lie in different banks.
+// The map in the reading order of one route, one position a lane, STEP apart from call to call. The 16 sums of a
+// position are kept in slots permuted so that the quarters of a chunk, which a warp addresses together, lie in different
+// banks; the permutation depends on the map position alone.
 struct Reader {
-    Fold line;
-    bool by_columns;
-    u32 along, across;  // positions from one step of a line, and from one line, to the next
-    u32 pitch, base;
+    int line, place;                    // of this lane's position
+    int line_step, place_step, length;  // length: of a line
+    int wrap, turn;                     // what to add to place and line where a line ends
+    u32 n, L;
+    u32 across, along, slot_across, slot_along;  // from one line, and one place, to the next
+    u32 base;
 
-    __device__ __forceinline__ Reader(u32 H, u32 W, bool columns, u32 shared_base)
-        : line(columns ? H : W), by_columns(columns), along(columns ? W : 1), across(columns ? 1 : W),
-          pitch((W + 1) & ~1u), base(shared_base) {}
+    __device__ __forceinline__ Reader(u32 H, u32 W, bool columns, bool backwards, u32 first, u32 shared_base)
+        : n(first), L(H * W), base(shared_base) {
+        const u32 pitch = (W + 1) & ~1u;
+        length = columns ? H : W;
+        across = columns ? 1 : W;
+        along = columns ? W : 1;
+        slot_across = columns ? 1 : pitch;
+        slot_along = columns ? pitch : 1;
+        const u32 from = min(first, L - 1), start = backwards ? L - 1 - from : from;
+        line = start / u32(length);
+        place = start - line * length;
+        line_step = STEP / u32(length);
+        place_step = STEP - line_step * length;
+        wrap = backwards ? length : -length;
+        turn = backwards ? -1 : 1;
+        if (backwards) {
+            line_step = -line_step;
+            place_step = -place_step;
+        }
+    }
 
-    __device__ __forceinline__ void locate(u32 n, u32& position, u32& slot) const {
-        u32 which, place;
-        line.split(n, which, place);
-        position = which * across + place * along;
-        const u32 hash = which / T + place / T;
-        const u32 row = by_columns ? place : which, column = by_columns ? which : place;
-        slot = base + (row * pitch + (column ^ (hash & 1))) * SLOT_BYTES + (hash & 2) * (SLOT_BYTES / 4);
+    __device__ __forceinline__ u32 slot_of(u32 line_, u32 place_) const {
+        const u32 index = line_ * slot_across + place_ * slot_along, hash = line_ / T + place_ / T;
+        return base + (index ^ (hash & 1)) * SLOT_BYTES + (hash & 2) * (SLOT_BYTES / 4);
+    }
+
+    __device__ __forceinline__ void next(u32 position_entry, u32 slot_entry, u32 dummy) {
+        const bool inside = n < L;
+        store_shared(position_entry, inside ? line * across + place * along : 0);
+        store_shared(slot_entry, inside ? slot_of(line, place) : dummy | OUTSIDE);
+        n += STEP;
+        place += place_step;
+        line += line_step;
+        if (u32(place) >= u32(length)) {
+            place += wrap;
+            line += turn;
+        }
     }
 };
 
@@ -53,44 +87,65 @@ struct Inputs {
     u32 second;     // bytes from the lane's first channel to its second
 };
 
+// High ranks need too many registers to be fetched a chunk ahead.
+constexpr bool AHEAD = FRAGMENTS <= 2;
+
 struct Chunk {
     u32 x[T];
     u32 raw[T / 2][FRAGMENTS];
-};
 
-__device__ __forceinline__ void fetch(Chunk& chunk, const Inputs& in, const u32* positions, int lane) {
-    const int g = lane >> 2, t = lane & 3;
+    __device__ __forceinline__ void fetch_x(const Inputs& in, u32 positions, int lane) {
 #pragma unroll
-    for (int i = 0; i < T; i += 2) {
-        const uint2 two = *reinterpret_cast<const uint2*>(positions + t * T + i);
-        chunk.x[i] = load_pair<EVEN_E>(at(in.x, two.x, in.x_stride), in.second);
-        chunk.x[i + 1] = load_pair<EVEN_E>(at(in.x, two.y, in.x_stride), in.second);
-    }
-#pragma unroll
-    for (int j = 0; j < T / 2; j++) {
-        const u64 row = at(in.projected, positions[(g >> 1) * T + 2 * j + (g & 1)], 2 * PROJECTED);
-#pragma unroll
-        for (int i = 0; i < FRAGMENTS; i++) {
-            const int pair = 4 * i + t;
-            u32 raw = 0;
-            if (4 * i + 3 < PAIRS || pair < PAIRS) {
-                if (ROW % 2 == 0) {
-                    raw = load_32(row + 16 * i);
-                } else {
-                    raw = load_16(row + 16 * i);
-                    if (2 * pair + 1 < ROW) raw |= load_16(row + 16 * i + 2) << 16;
-                }
-            }
-            chunk.raw[j][i] = raw;
+        for (int i = 0; i < T; i += 2) {
+            const uint2 two = load_shared_pair(positions + ((lane & 3) * T + i) * 4);
+            x[i] = load_pair<EVEN_E>(at(in.x, two.x, in.x_stride), in.second);
+            x[i + 1] = load_pair<EVEN_E>(at(in.x, two.y, in.x_stride), in.second);
         }
     }
-}
+
+    // Column g of product j is position (g / 2) T + 2 j + g % 2 of the chunk.
+    __device__ __forceinline__ void fetch_projected(const Inputs& in, u32 positions, int lane) {
+        const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+        for (int j = 0; j < T / 2; j++) {
+            const u32 position = load_shared(positions + ((g >> 1) * T + 2 * j + (g & 1)) * 4);
+            const u64 row = at(in.projected, position, 2 * PROJECTED);
+#pragma unroll
+            for (int i = 0; i < FRAGMENTS; i++) {
+                const int pair = 4 * i + t;
+                u32 word = 0;
+                if (4 * i + 3 < PAIRS || pair < PAIRS) {
+                    if (ROW % 2 == 0) {
+                        word = load_32(row + 16 * i);
+                    } else {
+                        word = load_16(row + 16 * i);
+                        if (2 * pair + 1 < ROW) word |= load_16(row + 16 * i + 2) << 16;
+                    }
+                }
+                raw[j][i] = word;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void fetch(const Inputs& in, u32 positions, int lane) {
+        if (AHEAD) fetch_projected(in, positions, lane);
+        fetch_x(in, positions, lane);
+    }
+};
 
 struct Output {
     u64 y;           // address, at this image and lane's channels
     u32 y_stride;    // bytes a position
     float skip[2];   // D summed over the routes
     bool valid[2];   // whether the lane's channels exist
+
+    __device__ __forceinline__ void set_skip(const float* D, int E, int channel0, int channel1) {
+        skip[0] = skip[1] = 0.f;
+        for (int k = 0; k < 4; k++) {
+            skip[0] += D[k * E + channel0];
+            skip[1] += D[k * E + channel1];
+        }
+    }
 
     __device__ __forceinline__ void write(u32 position, float v0, float v1) const {
         const u64 p = at(y, position, y_stride);
@@ -113,239 +168,299 @@ struct Output {
     }
 };
 
-// Run the recurrence again, now from the right state, and add C h to the map. `first`: nothing has been added at these
-// positions yet; `last`: nothing will be, so the result is written. MIXED: slots carry flags, position by position.
-template <bool MIXED, bool FIRST_LAYOUT, bool TOUCHED>
+// What a chunk does with its sums: nothing has been added at its positions before, something has, or all has but them.
+// The last two decide position by position, by flags in the slots, in the first and in the second layout.
+enum Merge { STORE, ADD, FINISH, MIXED_STORE, MIXED_FINISH };
+
+// Run the recurrence again, now from the right state, and merge C h into the map.
+template <Merge MODE>
 __device__ __forceinline__ void merge(const float (&a)[T][2], const float (&b)[T][2], const float (&c)[T],
-                                      float (&h)[2], const u32 (&x)[T], const u32* slots, const u32* positions,
-                                      const Output& out, int lane) {
-    constexpr int BATCH = 2;
-    const u32 own = (lane >> 2) * 8;
-    const int offset = (lane & 3) * T;
-    constexpr bool READ = MIXED || TOUCHED || !FIRST_LAYOUT, WRITE_OUT = !FIRST_LAYOUT && (MIXED || TOUCHED);
+                                      float (&h)[2], const u32 (&x)[T], u32 slots, u32 positions, const Output& out,
+                                      int lane) {
+    constexpr int BATCH = T < 4 ? T : 4;
+    constexpr bool MIXED = MODE == MIXED_STORE || MODE == MIXED_FINISH;
+    const u32 own = (lane >> 2) * 8, offset = (lane & 3) * T * 4;
 #pragma unroll
     for (int i0 = 0; i0 < T; i0 += BATCH) {
         u32 slot[BATCH];
-        float sum[BATCH][2];
+        float2 sum[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i += 2) {
+            const uint2 two = load_shared_pair(slots + offset + (i0 + i) * 4);
+            slot[i] = two.x;
+            slot[i + 1] = two.y;
+        }
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
-            slot[i] = slots[offset + i0 + i];
-            const u32 address = (MIXED ? slot[i] & ~3u : slot[i]) ^ own;
-            sum[i][0] = sum[i][1] = 0.f;
-            if (READ && !(MIXED && FIRST_LAYOUT && (slot[i] & FIRST))) {
-                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(sum[i][0]), "=f"(sum[i][1]) : "r"(address));
+            sum[i] = make_float2(0.f, 0.f);
+            if (MODE != STORE && !(MODE == MIXED_STORE && (slot[i] & FIRST))) {
+                sum[i] = load_shared_float2((MIXED ? slot[i] & ~3u : slot[i]) ^ own);
             }
         }
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
-            const u32 address = (MIXED ? slot[i] & ~3u : slot[i]) ^ own;
-#pragma unroll
-            for (int k = 0; k < 2; k++) {
-                h[k] = fmaf(a[i0 + i][k], h[k], b[i0 + i][k]);
-                sum[i][k] = fmaf(c[i0 + i], h[k], sum[i][k]);
-            }
-            if (WRITE_OUT && !(MIXED && (slot[i] & FIRST))) {
+            h[0] = fmaf(a[i0 + i][0], h[0], b[i0 + i][0]);
+            h[1] = fmaf(a[i0 + i][1], h[1], b[i0 + i][1]);
+            sum[i].x = fmaf(c[i0 + i], h[0], sum[i].x);
+            sum[i].y = fmaf(c[i0 + i], h[1], sum[i].y);
+            if (MODE == FINISH || (MODE == MIXED_FINISH && !(slot[i] & FIRST))) {
                 if (!MIXED || !(slot[i] & OUTSIDE)) {
-                    const u32 packed = x[i0 + i];
-                    out.write(positions[offset + i0 + i], fmaf(out.skip[0], unpack_low(packed), LN2 * sum[i][0]),
-                              fmaf(out.skip[1], unpack_high(packed), LN2 * sum[i][1]));
+                    const u32 both = x[i0 + i];
+                    out.write(load_shared(positions + offset + (i0 + i) * 4),
+                              fmaf(out.skip[0], unpack_low(both), LN2 * sum[i].x),
+                              fmaf(out.skip[1], unpack_high(both), LN2 * sum[i].y));
                 }
             } else {
-                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(sum[i][0]), "f"(sum[i][1])
-                             : "memory");
+                store_shared((MIXED ? slot[i] & ~3u : slot[i]) ^ own, sum[i]);
             }
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
+// The step sizes before softplus (into a), B (into b) and C of the positions a lane owns.
+__device__ __forceinline__ void project(const StepWeights<TERMS>& weights, const InputOutputSelector& selector,
+                                        const Chunk& chunk, float (&a)[T][2], float (&b)[T][2], float (&c)[T]) {
+#pragma unroll
+    for (int j = 0; j < T / 2; j++) {
+        float d[4], bc[4];
+        weights.apply(d, chunk.raw[j]);
+        selector.apply(bc, chunk.raw[j]);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            a[2 * j + i][0] = d[i];
+            a[2 * j + i][1] = d[2 + i];
+            b[2 * j + i][0] = bc[i];
+            c[2 * j + i] = bc[2 + i];
+        }
+    }
+}
+
+// h and product of lanes 0..t of four, in place.
+__device__ __forceinline__ void join_lanes(float& h, float& product) {
+#define JOIN(DISTANCE)                                                                                               \
+    asm("{.reg .pred p; .reg .f32 before, factor;"                                                                   \
+        " shfl.sync.up.b32 before|p, %0, " DISTANCE ", 0x1c00, 0xffffffff;"                                          \
+        " shfl.sync.up.b32 factor|p, %1, " DISTANCE ", 0x1c00, 0xffffffff;"                                          \
+        " @p fma.rn.ftz.f32 %0, %1, before, %0; @p mul.rn.ftz.f32 %1, %1, factor;}"                                  \
+        : "+f"(h), "+f"(product))
+    JOIN("1");
+    JOIN("2");
+#undef JOIN
+}
+
+#if APART
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Add up the maps of the four blocks of a cluster; each writes a quarter of the positions.
+__device__ __forceinline__ void merge_blocks(Reader reader, const u16* x, const float* D, void* y, u64 image_start, int E,
+                                             int first_channel, u32 W, int quarter) {
+    const int channel = first_channel + 2 * (threadIdx.x & 7);
+    const int channel0 = min(channel, EVEN_E ? E - 2 : E - 1), channel1 = min(channel0 + 1, E - 1);
+    Output out;
+    out.y_stride = (OUT == 0 ? 4 : 2) * E;
+    out.y = reinterpret_cast<u64>(y) + (image_start + channel) * (OUT == 0 ? 4 : 2);
+    out.valid[0] = channel < E;
+    out.valid[1] = channel + 1 < E;
+    out.set_skip(D, E, channel0, channel1);
+    const u64 source = reinterpret_cast<u64>(x + image_start + channel0);
+    const Fold rows(W);
+    const u32 end = min(reader.L, (quarter + 1) * ((reader.L + 3) / 4));
+#pragma unroll 2
+    for (u32 n = quarter * ((reader.L + 3) / 4) + threadIdx.x / 8; n < end; n += THREADS / 8) {
+        u32 row, column;
+        rows.split(n, row, column);
+        const u32 address = reader.slot_of(row, column) ^ ((threadIdx.x & 7) * 8);
+        const u32 packed = load_pair<EVEN_E>(at(source, n, 2 * E), 2 * (channel1 - channel0));
+        float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+        for (int route = 0; route < 4; route++) {
+            float2 part;
+            asm volatile(
+                "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %2, %3;"
+                " ld.shared::cluster.v2.f32 {%0, %1}, [remote];}"
+                : "=f"(part.x), "=f"(part.y)
+                : "r"(address), "r"(route));
+            sum.x += part.x;
+            sum.y += part.y;
+        }
+        out.write(n, fmaf(out.skip[0], unpack_low(packed), LN2 * sum.x),
+                  fmaf(out.skip[1], unpack_high(packed), LN2 * sum.y));
+    }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     ss2d_forward(const u16* __restrict__ x, const u16* __restrict__ projected, const void* __restrict__ weight,
                  const float* __restrict__ dt_bias, const float* __restrict__ A, const float* __restrict__ D, void* y,
-                 int H, int W, int E, int column_layouts) {
+                 int batch, int H, int W, int E, int column_layouts) {
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     // The shuffle tells the compiler that a warp shares one index, so that what follows from it stays uniform.
     const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int group = warp / WARPS, rank = warp % WARPS;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 2; i++) {
-            for (int j = 0; j < WARPS; j++) barrier_init(&shared.link[i][j], 1);
-            barrier_init(&shared.half[i], WARPS);
-            barrier_init(&shared.middle[i], WARPS);
-        }
-        barrier_init(&shared.layout, 2 * WARPS);
+        for (int i = 0; i < GROUPS * WARPS; i++) barrier_init(&shared.link[0][i], 1);
+        for (int i = 0; i < 2 * WARPS; i++) shared.done[0][i] = 0;
+        shared.whole[0] = shared.whole[1] = 0;
     }
     __syncthreads();
 
-    const int channel_groups = (E + 15) / 16;
-    const u32 image = blockIdx.x / channel_groups;
-    const int channel = (blockIdx.x - image * channel_groups) * 16 + 2 * g;
+    const u32 channel_groups = (E + 15) / 16, unit = APART ? blockIdx.x / 4 : blockIdx.x;
+    const u32 first_image = unit / channel_groups * IMAGES, images = min(IMAGES, batch - first_image);
+    const int channel = (unit % channel_groups) * 16 + 2 * g;
     const u32 L = u32(H) * u32(W);
-    const u32 slots_base = shared_address(memory) + ((sizeof(Shared) + 127) & ~127);
+    const u32 memory_base = shared_address(memory), map_base = memory_base + ((sizeof(Shared) + 127) & ~127);
+    const u32 map_bytes = H * ((W + 1) & ~1) * SLOT_BYTES;
     // Lanes without a channel of their own repeat the last one and write nothing.
     const int channel0 = min(channel, EVEN_E ? E - 2 : E - 1), channel1 = min(channel0 + 1, E - 1);
     Inputs in;
-    in.x = reinterpret_cast<u64>(x + u64(image) * L * E + channel0);
     in.x_stride = 2 * E;
     in.second = 2 * (channel1 - channel0);
     Output out;
     out.y_stride = (OUT == 0 ? 4 : 2) * E;
-    out.y = reinterpret_cast<u64>(y) + (u64(image) * L * E + channel) * (OUT == 0 ? 4 : 2);
     out.valid[0] = channel < E;
     out.valid[1] = channel + 1 < E;
-    out.skip[0] = out.skip[1] = 0.f;
-    for (int k = 0; k < 4; k++) {
-        out.skip[0] += D[k * E + channel0];
-        out.skip[1] += D[k * E + channel1];
-    }
+    out.set_skip(D, E, channel0, channel1);
 
-    const u32 chunks = (L + CHUNK - 1) / CHUNK, steps = (L + STEP - 1) / STEP;
-    const u32 apart = L / (2 * STEP);  // steps in which the two directions cannot meet
-    const bool meet = apart * 2 * STEP < L;
-    u32 link_parity = 0;
+    const u32 chunks = (L + CHUNK - 1) / CHUNK;
+    // Where the two directions of a layout meet: group 0 comes first before it, group 1 after it.
+    const u32 middle = APART ? L : chunks / 2 * CHUNK, border = APART ? ~0u : group ? L - middle : middle;
     const u32 dummy = shared_address(shared.dummy);
+    const u32 positions0 = shared_address(shared.position[warp]), slots0 = shared_address(shared.slot[warp]);
+    const int receiver = rank + 1 == WARPS ? 0 : rank + 1;
+    const u32 carry_in = shared_address(&shared.carry[group][rank][2 * g]);
+    const u32 carry_out = shared_address(&shared.carry[group][receiver][2 * g]);
+    u64 *link_in = &shared.link[group][rank], *link_out = &shared.link[group][receiver];
+    u32 link_parity = 0;
 
-    for (int layout = 0; layout < 2; layout++) {
-        const int route = layout + 2 * group;
-        const Reader reader(H, W, column_layouts && layout, slots_base);
-        in.projected = reinterpret_cast<u64>(projected + u64(image) * L * PROJECTED + route * ROW + 2 * t);
+    for (u32 layout = 0; layout < (APART ? 1 : 2); layout++) {
+        const int route = APART ? blockIdx.x % 4 : layout + 2 * group;
+        const bool columns = column_layouts && (route & 1), backwards = route & 2;
         StepWeights<TERMS> weights;
         weights.load(weight, dt_bias, route, E, channel0, channel1, t);
         const InputOutputSelector selector(t);
-        const float A0 = A[route * E + channel0], A1 = A[route * E + channel1];
+        const float decay[2] = {A[route * E + channel0], A[route * E + channel1]};
 
-        auto tabulate = [&](u32 step) {
-            const u32 start = (step * WARPS + rank) * CHUNK;
-            u32* positions = shared.position[warp][step & 1];
-            u32* slots = shared.slot[warp][step & 1];
-            __syncwarp();
-            for (int i = lane; i < CHUNK; i += 32) {
-                const u32 n = start + i, m = min(n, L - 1);
-                u32 position, slot;
-                reader.locate(group ? L - 1 - m : m, position, slot);
-                if (n >= L) slot = dummy | OUTSIDE;
-                positions[i] = position;
-                slots[i] = slot;
-            }
-            __syncwarp();
-        };
-
-        Chunk next;
-        tabulate(0);
-        fetch(next, in, shared.position[warp][0], lane);
-        for (u32 step = 0; step < steps; step++) {
-            const u32 q = step * WARPS + rank, start = q * CHUNK;
-            const u32* positions = shared.position[warp][step & 1];
-            u32* slots = shared.slot[warp][step & 1];
-
-            float a[T][2], b[T][2], c[T], product[2] = {1.f, 1.f}, h[2] = {0.f, 0.f};
-            u32 xs[T];
+        for (u32 turn = 0; turn < images; turn++) {
+            const u32 image = first_image + turn, round = layout * images + turn;
+            in.x = reinterpret_cast<u64>(x + u64(image) * L * E + channel0);
+            in.projected = reinterpret_cast<u64>(projected + u64(image) * L * PROJECTED + route * ROW + 2 * t);
+            out.y = reinterpret_cast<u64>(y) + (u64(image) * L * E + channel) * (OUT == 0 ? 4 : 2);
+            pin(in.x);
+            pin(in.projected);
+            pin(out.y);
+            Reader reader(H, W, columns, backwards, rank * CHUNK + lane, map_base + turn * map_bytes);
+            u32 buffer = 0;
+            auto tabulate = [&](u32 to) {
+                __syncwarp();
+                if (CHUNK == 32 || lane < CHUNK) reader.next(positions0 + to + lane * 4, slots0 + to + lane * 4, dummy);
+                __syncwarp();
+            };
+            Chunk next;
+            tabulate(buffer);
+            next.fetch(in, positions0, lane);
+            float incoming[2] = {0.f, 0.f};
+            for (u32 q = rank; q < chunks; q += WARPS) {
+                const u32 start = q * CHUNK, positions = positions0 + buffer, slots = slots0 + buffer;
+                float a[T][2], b[T][2], c[T], product[2] = {1.f, 1.f}, h[2] = {0.f, 0.f};
+                u32 xs[T];
 #pragma unroll
-            for (int i = 0; i < T; i++) xs[i] = next.x[i];
-#pragma unroll
-            for (int j = 0; j < T / 2; j++) {
-                float d[4], bc[4];
-                weights.apply(d, next.raw[j]);
-                selector.apply(bc, next.raw[j]);
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    a[2 * j + i][0] = d[i];
-                    a[2 * j + i][1] = d[2 + i];
-                    b[2 * j + i][0] = bc[i];
-                    c[2 * j + i] = bc[2 + i];
+                for (int i = 0; i < T; i++) xs[i] = next.x[i];
+                if (!AHEAD) next.fetch_projected(in, positions, lane);
+                project(weights, selector, next, a, b, c);
+                buffer ^= CHUNK * 4;
+                if (q + WARPS < chunks) {
+                    tabulate(buffer);
+                    next.fetch(in, positions0 + buffer, lane);
                 }
-            }
-            if (step + 1 < steps) {
-                tabulate(step + 1);
-                fetch(next, in, shared.position[warp][(step + 1) & 1], lane);
-            }
 #pragma unroll
-            for (int i = 0; i < T; i++) {
-                const float in0 = b[i][0] * unpack_low(xs[i]), in1 = b[i][0] * unpack_high(xs[i]);
-                const float s0 = softplus2<EXACT>(a[i][0]), s1 = softplus2<EXACT>(a[i][1]);
-                a[i][0] = ex2(s0 * A0);
-                a[i][1] = ex2(s1 * A1);
-                b[i][0] = s0 * in0;
-                b[i][1] = s1 * in1;
+                for (int i = 0; i < T; i++) {
+                    const float in0 = b[i][0] * unpack_low(xs[i]), in1 = b[i][0] * unpack_high(xs[i]);
+                    const float s0 = softplus2<EXACT>(a[i][0]), s1 = softplus2<EXACT>(a[i][1]);
+                    a[i][0] = ex2(s0 * decay[0]);
+                    a[i][1] = ex2(s1 * decay[1]);
+                    b[i][0] = s0 * in0;
+                    b[i][1] = s1 * in1;
 #pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    product[k] *= a[i][k];
-                    h[k] = fmaf(a[i][k], h[k], b[i][k]);
-                }
-            }
-
-            // Join the four lanes of a channel pair: afterwards a lane holds product and state over lanes 0..t.
-#pragma unroll
-            for (int distance = 1; distance < 4; distance *= 2) {
-#pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    const float before = __shfl_up_sync(~0u, h[k], distance, 4);
-                    const float factor = __shfl_up_sync(~0u, product[k], distance, 4);
-                    if (t >= distance) {
-                        h[k] = fmaf(product[k], before, h[k]);
-                        product[k] *= factor;
+                    for (int k = 0; k < 2; k++) {
+                        product[k] *= a[i][k];
+                        h[k] = fmaf(a[i][k], h[k], b[i][k]);
                     }
                 }
-            }
-            float incoming[2] = {0.f, 0.f};
-            if (q > 0 && start < L) {
-                barrier_wait(&shared.link[group][rank], link_parity);
-                link_parity ^= 1;
-                const float2 carry = *reinterpret_cast<const float2*>(&shared.carry[group][rank][2 * g]);
-                incoming[0] = carry.x;
-                incoming[1] = carry.y;
-            }
-            if (q + 1 < chunks) {
-                const int receiver = rank + 1 == WARPS ? 0 : rank + 1;
-                if (t == 3) {
-                    *reinterpret_cast<float2*>(&shared.carry[group][receiver][2 * g]) =
-                        make_float2(fmaf(product[0], incoming[0], h[0]), fmaf(product[1], incoming[1], h[1]));
+                join_lanes(h[0], product[0]);
+                join_lanes(h[1], product[1]);
+
+                if (WARPS > 1 && q > 0) {
+                    barrier_wait(link_in, link_parity);
+                    link_parity ^= 1;
+                    const float2 carry = load_shared_float2(carry_in);
+                    incoming[0] = carry.x;
+                    incoming[1] = carry.y;
                 }
-                barrier_arrive(&shared.link[group][receiver], lane);
-            }
 #pragma unroll
-            for (int k = 0; k < 2; k++) {
-                const float before = __shfl_up_sync(~0u, fmaf(product[k], incoming[k], h[k]), 1, 4);
-                h[k] = t ? before : incoming[k];
-            }
+                for (int k = 0; k < 2; k++) h[k] = fmaf(product[k], incoming[k], h[k]);
+                if (WARPS > 1 && q + 1 < chunks) {
+                    // The receiver must be through with the map before, or a signal and a state would be lost.
+                    if (q < WARPS) count_wait(&shared.done[group][receiver], round * chunks);
+                    if (t == 3) store_shared(carry_out, make_float2(h[0], h[1]));
+                    barrier_arrive(link_out, lane);
+                }
+#pragma unroll
+                for (int k = 0; k < 2; k++) {
+                    const float before = __shfl_up_sync(~0u, h[k], 1, 4);
+                    const float last = WARPS > 1 ? 0.f : __shfl_sync(~0u, h[k], 3, 4);
+                    h[k] = t ? before : incoming[k];
+                    incoming[k] = last;
+                }
 
-            if (step == 0 || step - apart < 2) {
-                if (step == 0 && layout == 1) barrier_wait(&shared.layout, 0);
-                if (step == apart && apart > 0) barrier_wait(&shared.half[1 - group], layout);
-                if (meet && step == apart + 1 - group) barrier_wait(&shared.middle[1 - group], layout);
+                // Where the other direction was first, it must be through with the chunks that cover this one.
+                if (start + CHUNK > border) {
+                    const u32 last = L - 1 - start, first = last - min(u32(CHUNK - 1), last);
+                    u32 end = last / CHUNK + 1;
+                    if (group) end = min(end, middle / CHUNK);
+                    for (; end > first / CHUNK; end--) {
+                        count_wait(&shared.done[1 - group][(end - 1) % WARPS], round * chunks + end);
+                    }
+                }
+                if (layout == 1 && q < WARPS) {
+                    count_wait(&shared.whole[0], (turn + 1) * WARPS);
+                    count_wait(&shared.whole[1], (turn + 1) * WARPS);
+                }
+                if (start + CHUNK <= min(border, L)) {
+                    if (layout == 0) {
+                        merge<STORE>(a, b, c, h, xs, slots, positions, out, lane);
+                    } else {
+                        merge<ADD>(a, b, c, h, xs, slots, positions, out, lane);
+                    }
+                } else if (start >= border && start + CHUNK <= L) {
+                    if (layout == 0) {
+                        merge<ADD>(a, b, c, h, xs, slots, positions, out, lane);
+                    } else {
+                        merge<FINISH>(a, b, c, h, xs, slots, positions, out, lane);
+                    }
+                } else {
+                    if (start + lane < min(border, L) && lane < CHUNK) {
+                        store_shared(slots + lane * 4, load_shared(slots + lane * 4) | FIRST);
+                    }
+                    __syncwarp();
+                    if (layout == 0) {
+                        merge<MIXED_STORE>(a, b, c, h, xs, slots, positions, out, lane);
+                    } else {
+                        merge<MIXED_FINISH>(a, b, c, h, xs, slots, positions, out, lane);
+                    }
+                }
+                if (!APART && start < border) count_set(&shared.done[group][rank], round * chunks + q + 1, lane);
             }
-
-            // A position is visited first by the direction that gets there in an earlier step; group 0 goes first.
-            const u32 bound = (step + group) * STEP;
-            const bool all_first = start + CHUNK - 1 + bound < L, none_first = start + bound >= L;
-            if (start >= L) {
-                // a chunk past the end: nothing to add
-            } else if (start + CHUNK <= L && all_first) {
-                if (layout == 0) {
-                    merge<false, true, false>(a, b, c, h, xs, slots, positions, out, lane);
-                } else {
-                    merge<false, false, false>(a, b, c, h, xs, slots, positions, out, lane);
-                }
-            } else if (start + CHUNK <= L && none_first) {
-                if (layout == 0) {
-                    merge<false, true, true>(a, b, c, h, xs, slots, positions, out, lane);
-                } else {
-                    merge<false, false, true>(a, b, c, h, xs, slots, positions, out, lane);
-                }
-            } else {
-                for (int i = lane; i < CHUNK; i += 32) {
-                    if (start + i + bound < L) slots[i] |= FIRST;
-                }
-                __syncwarp();
-                if (layout == 0) {
-                    merge<true, true, false>(a, b, c, h, xs, slots, positions, out, lane);
-                } else {
-                    merge<true, false, false>(a, b, c, h, xs, slots, positions, out, lane);
-                }
-            }
-            if (step + 1 == apart) barrier_arrive(&shared.half[group], lane);
-            if (step == apart && meet) barrier_arrive(&shared.middle[group], lane);
+            count_set(&shared.done[group][rank], (round + 1) * chunks, lane);
+            count_up(&shared.whole[group], lane);
         }
-        barrier_arrive(&shared.layout, lane);
     }
+#if APART
+    cluster_sync();
+    merge_blocks(Reader(H, W, false, false, 0, map_base), x, D, y, u64(first_image) * L * E, E, channel - 2 * g, W,
+                 blockIdx.x % 4);
+    cluster_sync();  // a block's shared memory must outlive its readers
+#endif
 }
