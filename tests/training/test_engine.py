@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 from io import StringIO
 
@@ -8,7 +9,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from vmamba.data.loaders import evaluation_loader
+from vmamba.data.sources import open_source
+from vmamba.data.transforms import Preprocessing
 from vmamba.models.checkpoint import load_model
+from vmamba.tasks.classification import evaluate
 from vmamba.training import engine
 from vmamba.training.checkpointing import load_state
 from vmamba.training.engine import TrainingInterruptedError, train
@@ -176,8 +181,6 @@ def test_an_unknown_tracker_is_refused(colours, tmp_path):
 
 
 def test_damaged_images_are_skipped_and_named(colours, tmp_path):
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(colours, data)
     for name in ("red/3.png", "blue/0.png", "green/7.png"):
@@ -219,6 +222,33 @@ def test_bf16_trains_on_the_cpu(colours, tmp_path):
     result = train(recipe(colours, tmp_path / "run", precision="bf16", epochs=1), quiet())
     assert np.isfinite(result.report.loss)
     assert all(value.dtype == torch.float32 for value in state_of(tmp_path / "run")[1]["model"].values())
+
+
+def test_the_moving_average_is_what_is_evaluated_and_kept(colours, tmp_path):
+    options = {"precision": "bf16", "optimizer": OptimizerOptions(lr=3e-2, min_lr=3e-2, ema_decay=0.9)}
+    result = train(recipe(colours, tmp_path / "run", **options), quiet())
+    parts = state_of(tmp_path / "run")[1]
+    model, _ = load_model(result.folder.last)
+    averaged = {name.removeprefix("module."): value for name, value in parts["ema"].items()}
+    assert_same(dict(model.state_dict()), averaged)
+    source = open_source(str(colours), 0.25)
+    transform = Preprocessing.for_style("photos", 32).transform()
+    losses = []
+    for weights in (averaged, parts["model"]):
+        model.load_state_dict(weights)
+        batches = ((batch.images, batch.targets) for batch in evaluation_loader(source.held_out, transform, 9))
+        losses.append(evaluate(model, batches, source.classes).loss)
+    assert result.report.loss == pytest.approx(losses[0], rel=0.02)  # evaluated in bfloat16 there, in float32 here
+    assert abs(losses[1] - losses[0]) > 0.1 * losses[0]
+
+
+def test_a_run_is_not_resumed_on_other_images(colours, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(colours, data)
+    train(recipe(data, tmp_path / "run", epochs=1), quiet())
+    (data / "red" / "0.png").unlink()
+    with pytest.raises(ValueError, match="has other images than when"):
+        train(recipe(data, tmp_path / "run", resume=str(tmp_path / "run")), quiet())
 
 
 def test_progress_is_a_line_an_epoch_outside_a_terminal(colours, tmp_path):

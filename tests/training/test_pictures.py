@@ -5,9 +5,14 @@ from PIL import Image
 from vmamba.training.pictures import draw_confusion, draw_curves, draw_predictions
 
 
+def pixels_of(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
 def ink(path):
     """Share of pixels of a PNG that are not white."""
-    pixels = np.asarray(Image.open(path).convert("RGB"))
+    pixels = pixels_of(path)
     assert min(pixels.shape[:2]) > 100
     return (pixels < 250).any(2).mean()
 
@@ -38,7 +43,7 @@ def test_mistakes_are_red_in_the_grid_of_predictions(tmp_path):
     draw_predictions(pictures, ["a"] * 3, ["a", "b", "a"], [0.9] * 3, paths[1])
     red = []
     for path in paths:
-        pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        pixels = pixels_of(path)
         red.append(int((pixels[..., 0] - pixels[..., 1] > 80).sum()))
     assert red[0] == 0
     assert red[1] > 20

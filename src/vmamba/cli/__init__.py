@@ -44,7 +44,7 @@ def _guarded(command: str, words: Sequence[str]) -> int:
     """Run a command so that whatever a user can cause ends in a sentence instead of a traceback."""
     name = f"vmamba {command}"
     try:
-        return import_module(f"vmamba.cli.{command}").run(words)
+        return _run(command, words)
     except KeyboardInterrupt:
         return _complain(name, "interrupted", _INTERRUPTED)
     except BrokenPipeError:
@@ -63,6 +63,15 @@ def _guarded(command: str, words: Sequence[str]) -> int:
         if os.environ.get("VMAMBA_TRACEBACK") or not _is_expected(error):
             raise
         return _complain(name, _sentence(error), _FAILED)
+
+
+def _run(command: str, words: Sequence[str]) -> int:
+    try:
+        status = import_module(f"vmamba.cli.{command}").run(words)
+    except SystemExit as leaving:  # how --help and --print_config end
+        status = leaving.code if isinstance(leaving.code, int) else 0
+    sys.stdout.flush()  # here, where a pipe that nobody reads any more is dealt with
+    return status
 
 
 def _is_expected(error: RuntimeError) -> bool:

@@ -82,6 +82,7 @@ def _build_parser(command: str, options: type, positionals: Sequence[tuple[str, 
     summary = (options.__doc__ or "").partition("\n")[0]
     parser = _Parser(prog=f"vmamba {command}", description=summary)
     parser.add_argument("--config", action="config", help="A YAML file with any of the keys below; flags win over it.")
+    _resolve_annotations(options)
     hints = get_type_hints(options)
     defaults = {item.name: item.default for item in fields(options) if item.default is not MISSING}
     for name, number in positionals:
@@ -90,6 +91,20 @@ def _build_parser(command: str, options: type, positionals: Sequence[tuple[str, 
         parser.add_argument(name, type=kind, nargs=number, help=_help_of(options, name), **extra)
     parser.add_class_arguments(options, as_group=False, skip={name for name, _ in positionals})
     return parser
+
+
+def _resolve_annotations(options: type) -> None:
+    """Put types in place of annotations that are text.
+
+    jsonargparse resolves text itself, and to do so carries out the imports under TYPE_CHECKING of the module: torch and
+    all, for a line of help.
+    """
+    hints = get_type_hints(options)
+    options.__init__.__annotations__ = hints  # type: ignore[misc]
+    for item in fields(options):
+        item.type = hints[item.name]
+        if is_dataclass(item.type):
+            _resolve_annotations(item.type)  # type: ignore[arg-type]
 
 
 def _help_of(options: type, name: str) -> str:
@@ -146,10 +161,11 @@ def _check_file(path: str, known: Sequence[str]) -> None:
         raise UsageError(f"{path} is not readable YAML{where}: {getattr(error, 'problem', None) or error}") from None
     except OSError as error:
         raise UsageError(f"cannot read --config {path or '(no file given)'}: {error.strerror}") from None
-    if content is not None and not isinstance(content, dict):
-        raise UsageError(f"{path} must hold keys and values, not a {type(content).__name__}")
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise UsageError(f"{path} must hold keys and values, not {found}")
     shown = [name for name in known if not name.endswith(".*")]
-    for name in _keys(content or {}, known):
+    for name in _keys(content, known):
         if not _is_known(name, known):
             raise UsageError(f"{path}: there is no key {name}{did_you_mean(name, shown)}")
 

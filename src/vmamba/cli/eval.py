@@ -1,7 +1,5 @@
 """`vmamba eval`: accuracy of a model on labelled images."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -93,8 +91,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _measure(
-    opened: OpenedModel, source: Source, images: ImageSet, options: EvalOptions, damaged: list[str]
-) -> ClassificationReport:
+    opened: "OpenedModel", source: "Source", images: "ImageSet", options: EvalOptions, damaged: list[str]
+) -> "ClassificationReport":
     from vmamba.data.loaders import evaluation_loader
     from vmamba.data.sources import with_labels
     from vmamba.tasks.classification import evaluate
@@ -109,7 +107,7 @@ def _measure(
     images = with_labels(images, source.classes, labels)
     loader = evaluation_loader(images, opened.preprocessing.transform(), options.batch_size, workers=options.workers)
 
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches() -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
         for batch in loader:
             damaged.extend(batch.damaged)
             yield batch.images.to(opened.device), batch.targets.to(opened.device)
@@ -117,7 +115,7 @@ def _measure(
     return evaluate(opened.model, batches(), labels)
 
 
-def print_report(report: ClassificationReport, heading: str, console: Console) -> None:
+def print_report(report: "ClassificationReport", heading: str, console: "Console") -> None:
     """Print the totals, the classes and the most frequent mistakes."""
     from rich.table import Table
 

@@ -1,7 +1,5 @@
 """`vmamba predict`: what is in image files."""
 
-from __future__ import annotations
-
 import csv
 import glob
 import io
@@ -94,7 +92,7 @@ def find_images(words: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def classify(opened: OpenedModel, paths: Sequence[str], top: int, batch_size: int) -> list[dict[str, Any]]:
+def classify(opened: "OpenedModel", paths: Sequence[str], top: int, batch_size: int) -> list[dict[str, Any]]:
     """Classify image files.
 
     Returns:

@@ -1,7 +1,5 @@
 """`vmamba quickstart`: the main job from end to end, on images that need no download."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence
@@ -100,7 +98,7 @@ def _program() -> str:
     return str(called.relative_to(Path.cwd()) if called.is_relative_to(Path.cwd()) else called)
 
 
-def _draw_predictions(opened: OpenedModel, source: Source, path: Path) -> list[str]:
+def _draw_predictions(opened: "OpenedModel", source: "Source", path: Path) -> list[str]:
     """Classify all held-out images; draw every mistake and some of the rest; return the mistakes in words."""
     import torch
 
@@ -132,7 +130,7 @@ def _draw_predictions(opened: OpenedModel, source: Source, path: Path) -> list[s
     return [*(f"{labels[true[i]]} read as {labels[said[i]]}" for i in wrong[:_LISTED]), *more]
 
 
-def _save_examples(source: Source, folder: Path) -> list[tuple[str, str]]:
+def _save_examples(source: "Source", folder: Path) -> list[tuple[str, str]]:
     """Write a held-out image of each class as a file; return paths and true labels."""
     folder.mkdir(exist_ok=True)
     examples = []
@@ -144,7 +142,7 @@ def _save_examples(source: Source, folder: Path) -> list[tuple[str, str]]:
     return examples
 
 
-def _print_results(console: Console, results: dict[str, Any]) -> None:
+def _print_results(console: "Console", results: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title="Results", show_header=False, title_justify="left")
@@ -156,7 +154,7 @@ def _print_results(console: Console, results: dict[str, Any]) -> None:
     console.print(table, highlight=False)
 
 
-def _print_classified(console: Console, opened: OpenedModel, examples: Sequence[tuple[str, str]]) -> None:
+def _print_classified(console: "Console", opened: "OpenedModel", examples: Sequence[tuple[str, str]]) -> None:
     from rich.table import Table
 
     from vmamba.cli.predict import classify

@@ -159,6 +159,7 @@ def _train_epoch(run: _Run) -> None:
             _log_step(run)
     position.loss, position.correct = float(loss_sum), int(correct)
     position.seconds = elapsed + time.perf_counter() - began
+    require_finite_loss(position.loss, position.epoch + 1, position.step)
     if not position.seen and position.step == run.steps:
         raise ValueError(f"none of the {len(run.source.train)} training images can be read")
 
@@ -174,8 +175,7 @@ def _update(run: _Run, batch: Batch) -> tuple[Tensor, Tensor]:
         labels = targets[:even]
         images, targets = run.mixup(images[:even], labels)
     run.schedule.step_update(run.position.updates)
-    with run.accelerator.autocast():
-        logits = run.model(images)
+    logits = run.model(images)
     loss = classification_loss(logits, targets, run.recipe.augmentation.label_smoothing)
     run.accelerator.backward(loss)
     if run.recipe.optimizer.clip_grad:
@@ -201,12 +201,10 @@ def _log_step(run: _Run) -> None:
 
 
 def _evaluate(run: _Run) -> ClassificationReport:
-    return evaluate(
-        run.evaluated_model,
-        _until_stopped(run, run.held_out),
-        run.source.classes,
-        gather=run.accelerator.gather_for_metrics,
-    )
+    batches = _until_stopped(run, run.held_out)
+    # accelerate has put autocast around the trained model, but not around the moving average.
+    with run.accelerator.autocast():
+        return evaluate(run.evaluated_model, batches, run.source.classes, gather=run.accelerator.gather_for_metrics)
 
 
 def _until_stopped(run: _Run, loader: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -263,6 +261,7 @@ def _save(run: _Run) -> None:
             "optimizer": run.optimizer.state_dict(),
             "ema": run.ema.state_dict() if run.ema else None,
             "scaler": scaler.state_dict() if scaler else None,
+            "data": _describe(run.source),
         },
     )
 
@@ -316,6 +315,8 @@ def _prepare(recipe: Recipe, console: Console, guard: InterruptGuard, run_name: 
     steps = len(loader)
     optimizer = make_optimizer(model, recipe.optimizer)
     schedule = make_schedule(optimizer, recipe.optimizer, recipe.epochs, steps)
+    # Before accelerate wraps the model: a copy of the wrapper would still call the original.
+    ema = make_ema(model.to(accelerator.device), recipe.optimizer.ema_decay)
     model, optimizer, loader, held_out = accelerator.prepare(model, optimizer, loader, held_out)
     run = _Run(
         recipe=recipe,
@@ -326,7 +327,7 @@ def _prepare(recipe: Recipe, console: Console, guard: InterruptGuard, run_name: 
         model=model,
         optimizer=optimizer,
         schedule=schedule,
-        ema=make_ema(accelerator.unwrap_model(model), recipe.optimizer.ema_decay),
+        ema=ema,
         mixup=make_mixup(len(source.classes), augmentation.mixup, augmentation.cutmix, augmentation.label_smoothing),
         loader=loader,
         held_out=held_out,
@@ -338,7 +339,8 @@ def _prepare(recipe: Recipe, console: Console, guard: InterruptGuard, run_name: 
     )
     if earlier:
         _restore(run)
-    folder.write_config({**recipe.to_dict(), "output": str(folder.path), "resume": None})
+    # Without its own place, so that the file serves as a recipe for other runs, and a run may be moved.
+    folder.write_config({**recipe.to_dict(), "output": None, "resume": None})
     accelerator.init_trackers("tensorboard")
     _introduce(run, console)
     return run
@@ -390,6 +392,8 @@ def _open_resumed(recipe: Recipe) -> RunFolder:
 
 def _restore(run: _Run) -> None:
     position, parts, random_state = load_state(run.folder.state)
+    if parts["data"] != _describe(run.source):
+        raise ValueError(f"{run.source.spec} has other images than when {run.folder.path} was interrupted; start anew")
     run.accelerator.unwrap_model(run.model).load_state_dict(parts["model"])
     run.optimizer.load_state_dict(parts["optimizer"])
     if run.ema and parts["ema"]:
@@ -400,6 +404,10 @@ def _restore(run: _Run) -> None:
     run.folder.forget_metrics_after(position.updates)
     run.damaged = dict.fromkeys(run.folder.read_damaged())
     restore_random_state(random_state)
+
+
+def _describe(source: Source) -> dict[str, Any]:
+    return {"classes": list(source.classes), "images": len(source.train), "held_out": len(source.held_out)}
 
 
 def _introduce(run: _Run, console: Console) -> None:

@@ -111,13 +111,13 @@ class Recipe:
     data: str = "digits"
     held_out: float = 0.2
     img_size: int | None = None
-    epochs: int = 20
-    batch_size: int = 64
+    epochs: int = 12
+    batch_size: int = 32
     output: str | None = None
     resume: str | None = None
     seed: int = 0
     precision: Precision = "fp32"
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = -1
     log_every: int = 10
     trackers: tuple[str, ...] = ("tensorboard",)
