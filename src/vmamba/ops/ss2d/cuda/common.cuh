@@ -111,6 +111,12 @@ __device__ __forceinline__ u32 load_16(u64 address) {
     return r;
 }
 
+__device__ __forceinline__ uint2 load_64(u64 address) {
+    uint2 r;
+    asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(address));
+    return r;
+}
+
 // Keeps an address in one register pair, so that the additions above stay single instructions.
 __device__ __forceinline__ void pin(u64& address) { asm("" : "+l"(address)); }
 
@@ -247,6 +253,12 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
     return r;
 }
 
+__device__ __forceinline__ u32 load_shared_16(u32 address) {
+    u16 r;
+    asm volatile("ld.shared.b16 %0, [%1];" : "=h"(r) : "r"(address));
+    return r;
+}
+
 __device__ __forceinline__ uint2 load_shared_pair(u32 address) {
     uint2 r;
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "r"(address));
@@ -261,6 +273,10 @@ __device__ __forceinline__ float2 load_shared_float2(u32 address) {
 
 __device__ __forceinline__ void store_shared(u32 address, u32 v) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 address, uint2 v) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
 }
 
 __device__ __forceinline__ void store_shared(u32 address, float2 v) {

@@ -5,8 +5,10 @@
 // shared memory. A warp takes every WARPS-th chunk of its route; within a chunk a lane owns two channels and T adjacent
 // positions, all in registers. The state passes from chunk to chunk along a ring of the group's warps.
 //
-// Two variations, set at compile time:
+// Variations, set at compile time:
 //   IMAGES      small maps: a block takes so many images one after another, so that weights are prepared once for all
+//   TEAMS       small maps: so many groups of 16 channels in a block, each with warps and a map of its own
+//   STAGED      1: the block first copies its images' projections, which all teams read, into shared memory
 //   APART       1: few blocks: a cluster of four blocks, one for each route, each with a map of its own, added up last
 
 constexpr bool EXACT = OUT == 0;
@@ -14,24 +16,26 @@ constexpr int TERMS = (BF16 && EXACT) ? 3 : 2;
 constexpr int CHUNK = 4 * T;
 constexpr int STEP = CHUNK * WARPS;  // positions of a route that its group handles at a time
 constexpr int GROUPS = APART ? 1 : 2;
-constexpr int THREADS = 32 * GROUPS * WARPS;
+constexpr int THREADS = 32 * TEAMS * GROUPS * WARPS;
 constexpr u32 FIRST = 1, OUTSIDE = 2;  // flags in the low bits of a slot
 constexpr int SLOT_BYTES = 64;
 static_assert(CHUNK <= 32 && (T & (T - 1)) == 0, "a chunk's table has one entry a lane");
 
 struct Shared {
     float dummy[16];  // where positions past the end go
-    u32 position[GROUPS * WARPS][2][CHUNK];
-    u32 slot[GROUPS * WARPS][2][CHUNK];
-    float carry[GROUPS][WARPS][16];
-    u64 link[GROUPS][WARPS];  // the state that warp i of a group waits for has been written
-    u32 done[2][WARPS];  // chunks that a warp has merged where it comes first, counted on from map to map
-    u32 whole[2];        // how often a warp of the group has finished a map
+    u32 position[THREADS / 32][2][CHUNK];
+    u32 slot[THREADS / 32][2][CHUNK];
+    struct Team {
+        float carry[GROUPS][WARPS][16];
+        u64 link[GROUPS][WARPS];  // the state that warp i of a group waits for has been written
+        u32 done[2][WARPS];       // chunks that a warp has merged where it comes first, counted on from map to map
+        u32 whole[2];             // how often a warp of the group has finished a map
+    } team[TEAMS];
 };
 
 // The map in the reading order of one route, one position a lane, STEP apart from call to call. The 16 sums of a
 // position are kept in slots permuted so that the quarters of a chunk, which a warp addresses together, lie in different
-// banks; the permutation depends on the map position alone.
+// banks; the permutation depends on the map position alone. One of slot_row and slot_column is 1, the other even.
 struct Reader {
     int line, place;                    // of this lane's position
     int line_step, place_step, length;  // length: of a line
@@ -40,14 +44,14 @@ struct Reader {
     u32 across, along, slot_across, slot_along;  // from one line, and one place, to the next
     u32 base;
 
-    __device__ __forceinline__ Reader(u32 H, u32 W, bool columns, bool backwards, u32 first, u32 shared_base)
+    __device__ __forceinline__ Reader(u32 H, u32 W, u32 slot_row, u32 slot_column, bool columns, bool backwards,
+                                      u32 first, u32 shared_base)
         : n(first), L(H * W), base(shared_base) {
-        const u32 pitch = (W + 1) & ~1u;
         length = columns ? H : W;
         across = columns ? 1 : W;
         along = columns ? W : 1;
-        slot_across = columns ? 1 : pitch;
-        slot_along = columns ? pitch : 1;
+        slot_across = columns ? slot_column : slot_row;
+        slot_along = columns ? slot_row : slot_column;
         const u32 from = min(first, L - 1), start = backwards ? L - 1 - from : from;
         line = start / u32(length);
         place = start - line * length;
@@ -80,15 +84,28 @@ struct Reader {
     }
 };
 
+// Staged rows: an odd multiple of 16 bytes apart, and two rows skipped after every eight, so that the eight rows of an
+// operand, pairs eight positions apart, lie in different banks.
+constexpr u32 STAGED_PITCH = (8 * ROW + 15) / 32 * 32 + 16;
+__device__ __forceinline__ u32 staged_row(u32 position) { return (position + (position >> 3) * 2) * STAGED_PITCH; }
+
+__device__ __forceinline__ void stage(u32 target, u64 source, u32 rows) {
+    for (u32 i = threadIdx.x; i < rows * ROW; i += THREADS) {
+        const u32 row = i / ROW;
+        store_shared(target + staged_row(row) + (i - row * ROW) * 8, load_64(source + u64(i) * 8));
+    }
+}
+
 struct Inputs {
     u64 x;          // address, at this image and lane's channels
     u64 projected;  // address, at this image, route and lane's rank pair
+    u32 staged;     // the same in shared memory
     u32 x_stride;   // bytes a position
     u32 second;     // bytes from the lane's first channel to its second
 };
 
 // High ranks need too many registers to be fetched a chunk ahead.
-constexpr bool AHEAD = FRAGMENTS <= 2;
+constexpr bool AHEAD = FRAGMENTS <= 2 && !STAGED;
 
 struct Chunk {
     u32 x[T];
@@ -110,16 +127,19 @@ struct Chunk {
         for (int j = 0; j < T / 2; j++) {
             const u32 position = load_shared(positions + ((g >> 1) * T + 2 * j + (g & 1)) * 4);
             const u64 row = at(in.projected, position, 2 * PROJECTED);
+            const u32 staged = in.staged + staged_row(position);
 #pragma unroll
             for (int i = 0; i < FRAGMENTS; i++) {
                 const int pair = 4 * i + t;
                 u32 word = 0;
                 if (4 * i + 3 < PAIRS || pair < PAIRS) {
                     if (ROW % 2 == 0) {
-                        word = load_32(row + 16 * i);
+                        word = STAGED ? load_shared(staged + 16 * i) : load_32(row + 16 * i);
                     } else {
-                        word = load_16(row + 16 * i);
-                        if (2 * pair + 1 < ROW) word |= load_16(row + 16 * i + 2) << 16;
+                        word = STAGED ? load_shared_16(staged + 16 * i) : load_16(row + 16 * i);
+                        if (2 * pair + 1 < ROW) {
+                            word |= (STAGED ? load_shared_16(staged + 16 * i + 2) : load_16(row + 16 * i + 2)) << 16;
+                        }
                     }
                 }
                 raw[j][i] = word;
@@ -294,25 +314,31 @@ __device__ __forceinline__ void merge_blocks(Reader reader, const u16* x, const 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     ss2d_forward(const u16* __restrict__ x, const u16* __restrict__ projected, const void* __restrict__ weight,
                  const float* __restrict__ dt_bias, const float* __restrict__ A, const float* __restrict__ D, void* y,
-                 int batch, int H, int W, int E, int column_layouts) {
+                 int batch, int H, int W, int E, int column_layouts, int slot_row, int slot_column, int map_slots) {
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     // The shuffle tells the compiler that a warp shares one index, so that what follows from it stays uniform.
     const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int group = warp / WARPS, rank = warp % WARPS;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < GROUPS * WARPS; i++) barrier_init(&shared.link[0][i], 1);
-        for (int i = 0; i < 2 * WARPS; i++) shared.done[0][i] = 0;
-        shared.whole[0] = shared.whole[1] = 0;
+    const int team = warp / (GROUPS * WARPS), group = warp / WARPS % GROUPS, rank = warp % WARPS;
+    Shared::Team& own = shared.team[team];
+    for (int i = threadIdx.x; i < TEAMS; i += THREADS) {
+        for (int j = 0; j < GROUPS * WARPS; j++) barrier_init(&shared.team[i].link[0][j], 1);
+        for (int j = 0; j < 2 * WARPS; j++) shared.team[i].done[0][j] = 0;
+        shared.team[i].whole[0] = shared.team[i].whole[1] = 0;
     }
-    __syncthreads();
 
-    const u32 channel_groups = (E + 15) / 16, unit = APART ? blockIdx.x / 4 : blockIdx.x;
-    const u32 first_image = unit / channel_groups * IMAGES, images = min(IMAGES, batch - first_image);
-    const int channel = (unit % channel_groups) * 16 + 2 * g;
+    const u32 sets = (E + 16 * TEAMS - 1) / (16 * TEAMS), unit = APART ? blockIdx.x / 4 : blockIdx.x;
+    const u32 first_image = unit / sets * IMAGES, images = min(IMAGES, batch - first_image);
+    const int channel = ((unit % sets) * TEAMS + team) * 16 + 2 * g;
     const u32 L = u32(H) * u32(W);
     const u32 memory_base = shared_address(memory), map_base = memory_base + ((sizeof(Shared) + 127) & ~127);
-    const u32 map_bytes = H * ((W + 1) & ~1) * SLOT_BYTES;
+    const u32 map_bytes = map_slots * SLOT_BYTES, stage_base = map_base + TEAMS * IMAGES * map_bytes;
+    const u32 stage_bytes = staged_row(L + 7);
+    for (u32 turn = 0; STAGED && turn < images; turn++) {
+        const u64 source = reinterpret_cast<u64>(projected + u64(first_image + turn) * L * PROJECTED);
+        stage(stage_base + turn * stage_bytes, source, L);
+    }
+    __syncthreads();
     // Lanes without a channel of their own repeat the last one and write nothing.
     const int channel0 = min(channel, EVEN_E ? E - 2 : E - 1), channel1 = min(channel0 + 1, E - 1);
     Inputs in;
@@ -330,9 +356,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const u32 dummy = shared_address(shared.dummy);
     const u32 positions0 = shared_address(shared.position[warp]), slots0 = shared_address(shared.slot[warp]);
     const int receiver = rank + 1 == WARPS ? 0 : rank + 1;
-    const u32 carry_in = shared_address(&shared.carry[group][rank][2 * g]);
-    const u32 carry_out = shared_address(&shared.carry[group][receiver][2 * g]);
-    u64 *link_in = &shared.link[group][rank], *link_out = &shared.link[group][receiver];
+    const u32 carry_in = shared_address(&own.carry[group][rank][2 * g]);
+    const u32 carry_out = shared_address(&own.carry[group][receiver][2 * g]);
+    u64 *link_in = &own.link[group][rank], *link_out = &own.link[group][receiver];
     u32 link_parity = 0;
 
     for (u32 layout = 0; layout < (APART ? 1 : 2); layout++) {
@@ -348,10 +374,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             in.x = reinterpret_cast<u64>(x + u64(image) * L * E + channel0);
             in.projected = reinterpret_cast<u64>(projected + u64(image) * L * PROJECTED + route * ROW + 2 * t);
             out.y = reinterpret_cast<u64>(y) + (u64(image) * L * E + channel) * (OUT == 0 ? 4 : 2);
+            in.staged = stage_base + turn * stage_bytes + (route * ROW + 2 * t) * 2;
             pin(in.x);
             pin(in.projected);
             pin(out.y);
-            Reader reader(H, W, columns, backwards, rank * CHUNK + lane, map_base + turn * map_bytes);
+            Reader reader(H, W, slot_row, slot_column, columns, backwards, rank * CHUNK + lane,
+                          map_base + (team * IMAGES + turn) * map_bytes);
             u32 buffer = 0;
             auto tabulate = [&](u32 to) {
                 __syncwarp();
@@ -362,6 +390,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             tabulate(buffer);
             next.fetch(in, positions0, lane);
             float incoming[2] = {0.f, 0.f};
+            bool passed = false;
             for (u32 q = rank; q < chunks; q += WARPS) {
                 const u32 start = q * CHUNK, positions = positions0 + buffer, slots = slots0 + buffer;
                 float a[T][2], b[T][2], c[T], product[2] = {1.f, 1.f}, h[2] = {0.f, 0.f};
@@ -403,7 +432,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 for (int k = 0; k < 2; k++) h[k] = fmaf(product[k], incoming[k], h[k]);
                 if (WARPS > 1 && q + 1 < chunks) {
                     // The receiver must be through with the map before, or a signal and a state would be lost.
-                    if (q < WARPS) count_wait(&shared.done[group][receiver], round * chunks);
+                    if (q < WARPS) count_wait(&own.done[group][receiver], round * chunks);
                     if (t == 3) store_shared(carry_out, make_float2(h[0], h[1]));
                     barrier_arrive(link_out, lane);
                 }
@@ -415,18 +444,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     incoming[k] = last;
                 }
 
-                // Where the other direction was first, it must be through with the chunks that cover this one.
-                if (start + CHUNK > border) {
+                // Where the other direction was first, it must be through with the chunks that cover this one. Seen once,
+                // it stays so: further on, the same warps' earlier chunks are asked for.
+                if (start + CHUNK > border && !passed) {
+                    passed = start >= border;
                     const u32 last = L - 1 - start, first = last - min(u32(CHUNK - 1), last);
                     u32 end = last / CHUNK + 1;
                     if (group) end = min(end, middle / CHUNK);
                     for (; end > first / CHUNK; end--) {
-                        count_wait(&shared.done[1 - group][(end - 1) % WARPS], round * chunks + end);
+                        count_wait(&own.done[1 - group][(end - 1) % WARPS], round * chunks + end);
                     }
                 }
                 if (layout == 1 && q < WARPS) {
-                    count_wait(&shared.whole[0], (turn + 1) * WARPS);
-                    count_wait(&shared.whole[1], (turn + 1) * WARPS);
+                    count_wait(&own.whole[0], (turn + 1) * WARPS);
+                    count_wait(&own.whole[1], (turn + 1) * WARPS);
                 }
                 if (start + CHUNK <= min(border, L)) {
                     if (layout == 0) {
@@ -451,15 +482,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                         merge<MIXED_FINISH>(a, b, c, h, xs, slots, positions, out, lane);
                     }
                 }
-                if (!APART && start < border) count_set(&shared.done[group][rank], round * chunks + q + 1, lane);
+                if (!APART && start < border) count_set(&own.done[group][rank], round * chunks + q + 1, lane);
             }
-            count_set(&shared.done[group][rank], (round + 1) * chunks, lane);
-            count_up(&shared.whole[group], lane);
+            count_set(&own.done[group][rank], (round + 1) * chunks, lane);
+            count_up(&own.whole[group], lane);
         }
     }
 #if APART
     cluster_sync();
-    merge_blocks(Reader(H, W, false, false, 0, map_base), x, D, y, u64(first_image) * L * E, E, channel - 2 * g, W,
+    merge_blocks(Reader(H, W, slot_row, slot_column, false, false, 0, map_base), x, D, y, u64(first_image) * L * E, E, channel - 2 * g, W,
                  blockIdx.x % 4);
     cluster_sync();  // a block's shared memory must outlive its readers
 #endif
