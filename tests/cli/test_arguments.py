@@ -67,6 +67,7 @@ def test_print_config_can_be_read_back(tmp_path, capsys):
         (["--epocs", "3"], "there is no option --epocs; did you mean --epochs?"),
         (["--lr", "3"], "there is no option --lr; did you mean --inner.lr?"),
         (["--inner.rl", "3"], "there is no option --inner.rl; did you mean --inner.lr?"),
+        (["--inner", '{"rl": 3}'], "there is no key inner.rl; did you mean inner.lr?"),
         (["--qqqqqq"], "there is no option --qqqqqq"),
         (["--epochs", "many"], "--epochs: expected int, got many"),
         (["--size", "1.5"], "--size: expected int or null, got 1.5"),

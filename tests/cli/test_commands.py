@@ -179,6 +179,7 @@ def test_predict_does_not_depend_on_the_batch(vmamba, trained, digits):
         (["*.nothing"], "match for *.nothing"),
         (["."], "there are no images in ."),
         ([".", "--top", "0"], "top must be 1 or more"),
+        ([__file__, "--img_size", "7"], "img_size must be 32 or more, not 7"),
     ],
 )
 def test_predict_refuses_what_it_cannot_do(vmamba, trained, words, message):

@@ -162,6 +162,7 @@ def test_a_resumed_run_refuses_to_become_another(colours, tmp_path):
         ({"data": "digts"}, "did you mean digits"),
         ({"model_options": {"num_classes": 5}}, "the data decides it"),
         ({"model_options": {"depth": 5}}, "depth"),
+        ({"model_options": {"backend": "triton"}, "device": "cpu"}, "'triton' cannot run"),
         ({"weights": "/no/such/file.pth"}, "no file"),
         ({"precision": "fp16", "device": "cpu"}, "fp16 needs a GPU"),
         ({"augmentation": AugmentationOptions(policy="photo", auto_augment="zzz")}, "does not understand"),

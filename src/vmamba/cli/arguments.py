@@ -66,7 +66,7 @@ def parse(
     try:
         namespace = parser.parse_args(words)
     except UsageError as error:
-        raise UsageError(_one_line(str(error))) from None
+        raise UsageError(_one_line(str(error), known)) from None
     instantiated = parser.instantiate(namespace)
     return options(**{item.name: getattr(instantiated, item.name) for item in fields(options)})  # type: ignore[arg-type]
 
@@ -179,9 +179,13 @@ def _keys(content: dict[Any, Any], known: Sequence[str], prefix: str = "") -> It
             yield name
 
 
-def _one_line(message: str) -> str:
+def _one_line(message: str, known: Sequence[str]) -> str:
     """Condense a message of jsonargparse, which spreads over lines, into one sentence."""
     text = " ".join(message.split())
+    unknown = re.fullmatch(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
+    if unknown:
+        name = ".".join(unknown.groups())
+        return f"there is no key {name}{did_you_mean(name, known)}"
     wrong_value = re.search(r'(?:Parser key|argument) "?-*([\w.]+)"?: (.*)', text)
     if not wrong_value:
         return text

@@ -188,7 +188,7 @@ def _download_fashion_mnist() -> Path:
     try:
         FashionMNIST(str(cache), download=True)
     except (OSError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].rstrip(":")
         raise ValueError(
             f"Fashion-MNIST could not be downloaded to {cache} ({reason}); "
             "put its four IDX files in a folder and name it: --data fashion-mnist:FOLDER"

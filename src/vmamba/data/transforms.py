@@ -14,6 +14,9 @@ from torchvision import transforms
 
 from vmamba.data.sources import Style
 
+# Four stages halve the map of the stem three times.
+SMALLEST_IMG_SIZE = 32
+
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
@@ -55,7 +58,12 @@ class Preprocessing:
         Args:
             metadata: Metadata of a weights file, perhaps empty.
             img_size: Side to use instead of the stored one.
+
+        Raises:
+            ValueError: `img_size` is too small for the models.
         """
+        if img_size is not None and img_size < SMALLEST_IMG_SIZE:
+            raise ValueError(f"img_size must be {SMALLEST_IMG_SIZE} or more, not {img_size}")
         known = {name: metadata[name] for name in cls.__dataclass_fields__ if metadata.get(name) is not None}
         for name in ("mean", "std"):
             if name in known:

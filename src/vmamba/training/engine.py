@@ -302,6 +302,7 @@ def _prepare(recipe: Recipe, console: Console, guard: InterruptGuard, run_name: 
         random_erasing=augmentation.random_erasing,
     )
     model = _build_model(recipe, source, preprocessing)
+    _try_out(model, preprocessing.img_size, device)
     folder = earlier or new_run_folder(recipe.output, run_name)
     accelerator = Accelerator(
         cpu=device == "cpu",
@@ -371,6 +372,13 @@ def _build_model(recipe: Recipe, source: Source, preprocessing: Preprocessing) -
     if recipe.weights and recipe.weights != "pretrained":
         load_checkpoint(model, recipe.weights, adapt_classifier=True)
     return model
+
+
+def _try_out(model: nn.Module, img_size: int, device: str) -> None:
+    """Classify an empty image, so that a model or backend that cannot run here says so before a folder is made."""
+    place = torch.device("cpu" if device == "auto" else device)
+    with torch.no_grad():
+        model.to(place).eval()(torch.zeros(1, 3, img_size, img_size, device=place))
 
 
 def _open_resumed(recipe: Recipe) -> RunFolder:
