@@ -92,11 +92,11 @@ __device__ __forceinline__ u32 pack_as(float low, float high) {
 
 __device__ __forceinline__ u32 pack(float low, float high) { return pack_as<BF16>(low, high); }
 
-// base + position * stride bytes in one instruction; an offset inside one image may pass 4 GiB.
+// base + position * stride bytes; an offset inside one image may pass 4 GiB. In this form it is one instruction.
 __device__ __forceinline__ u64 at(u64 base, u32 position, u32 stride) {
-    u64 r;
-    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(r) : "r"(position), "r"(stride), "l"(base));
-    return r;
+    u64 offset;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(offset) : "r"(position), "r"(stride));
+    return base + offset;
 }
 
 __device__ __forceinline__ u32 load_32(u64 address) {
@@ -119,6 +119,9 @@ __device__ __forceinline__ uint2 load_64(u64 address) {
 
 // Keeps an address in one register pair, so that the additions above stay single instructions.
 __device__ __forceinline__ void pin(u64& address) { asm("" : "+l"(address)); }
+
+// Keeps the compiler from computing a value again, or from using what it knows of it.
+__device__ __forceinline__ void pin(u32& value) { asm volatile("" : "+r"(value)); }
 
 // Two 16-bit values. ALIGNED: adjacent, at a multiple of 4 bytes; otherwise the second is `distance` bytes on.
 template <bool ALIGNED>

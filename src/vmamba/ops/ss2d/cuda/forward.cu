@@ -100,7 +100,7 @@ struct Inputs {
     u64 x;          // address, at this image and lane's channels
     u64 projected;  // address, at this image, route and lane's rank pair
     u32 staged;     // the same in shared memory
-    u32 x_stride;   // bytes a position
+    u32 x_stride, projected_stride;  // bytes a position
     u32 second;     // bytes from the lane's first channel to its second
 };
 
@@ -126,7 +126,7 @@ struct Chunk {
 #pragma unroll
         for (int j = 0; j < T / 2; j++) {
             const u32 position = load_shared(positions + ((g >> 1) * T + 2 * j + (g & 1)) * 4);
-            const u64 row = at(in.projected, position, 2 * PROJECTED);
+            const u64 row = at(in.projected, position, in.projected_stride);
             const u32 staged = in.staged + staged_row(position);
 #pragma unroll
             for (int i = 0; i < FRAGMENTS; i++) {
@@ -343,6 +343,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int channel0 = min(channel, EVEN_E ? E - 2 : E - 1), channel1 = min(channel0 + 1, E - 1);
     Inputs in;
     in.x_stride = 2 * E;
+    in.projected_stride = 2 * PROJECTED;
+    pin(in.projected_stride);
     in.second = 2 * (channel1 - channel0);
     Output out;
     out.y_stride = (OUT == 0 ? 4 : 2) * E;
@@ -366,7 +368,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const bool columns = column_layouts && (route & 1), backwards = route & 2;
         StepWeights<TERMS> weights;
         weights.load(weight, dt_bias, route, E, channel0, channel1, t);
-        const InputOutputSelector selector(t);
+        InputOutputSelector selector(t);
+        pin(selector.b);
+        pin(selector.c);
         const float decay[2] = {A[route * E + channel0], A[route * E + channel1]};
 
         for (u32 turn = 0; turn < images; turn++) {
