@@ -73,8 +73,8 @@ def test_every_map_that_is_admitted_fits(device):
         (20, 21),
     ]:
         slots = cuda_kernels._slots(height, width)
-        for rank, units in itertools.product((1, 6, 24, 48, 64), (1, 10**6)):
-            plan = cuda_kernels.plan_forward(height * width, slots.total, rank, units, device)
+        for rank, groups, batch in itertools.product((1, 6, 24, 48, 64), (1, 6, 48), (1, 10**6)):
+            plan = cuda_kernels.plan_forward(height * width, slots.total, rank, groups, batch, device)
             assert plan.shared_bytes(height * width, slots.total, rank) <= device.block_shared
             assert plan.threads <= 1024
             assert device.clusters or not plan.apart
@@ -167,7 +167,9 @@ def test_matches_float64(shape, dtypes, apart, assert_accurate, monkeypatch):
     if apart and not device.clusters:
         pytest.skip("needs thread-block clusters")
     plan = cuda_kernels.plan_forward
-    monkeypatch.setattr(cuda_kernels, "plan_forward", lambda L, s, R, u, d: plan(L, s, R, 1 if apart else 10**6, d))
+    monkeypatch.setattr(
+        cuda_kernels, "plan_forward", lambda L, s, R, g, b, d: plan(L, s, R, *((1, 1) if apart else (g, 10**6)), d)
+    )
     for routes in ("cross2d", "bidi"):
         tensors = inputs(batch, height, width, channels, rank, dtype, weight_dtype)
         y = cuda_kernels.forward(*tensors, height, width, routes, True, out_dtype)

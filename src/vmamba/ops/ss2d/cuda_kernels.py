@@ -123,24 +123,29 @@ def _device(index: int) -> Device:
     )
 
 
-def plan_forward(length: int, slots: int, rank: int, units: int, device: Device) -> Plan:
+def plan_forward(length: int, slots: int, rank: int, groups: int, batch: int, device: Device) -> Plan:
     """Choose how to cut up a forward.
 
     Args:
         length: L.
         slots: Of the float32 map.
         rank: R.
-        units: Groups of 16 channels in the whole batch.
+        groups: Groups of 16 channels.
+        batch: B.
         device: What it runs on.
     """
     chunks = -(-length // 32)
-    if device.clusters and 2 * units <= device.multiprocessors:
+    if device.clusters and 2 * batch * groups <= device.multiprocessors:
         return Plan(8, min(16, 1 << (chunks - 1).bit_length()), apart=True)
     if chunks <= 13:
         images = 2 if chunks <= 2 else 1
-        staged = Plan(8, 1, images, teams=8, staged=True)
-        if staged.shared_bytes(length, slots, rank) <= device.block_shared:
-            return staged
+        for teams in (8, 4, 2):  # teams that do not divide the groups would leave warps idle
+            staged = Plan(8, 1, images, teams=teams, staged=True, blocks=8 // teams)
+            shared = staged.shared_bytes(length, slots, rank)
+            # A block of shared memory costs 1 KiB more than it asks for.
+            fits = shared <= device.block_shared and staged.blocks * (shared + 1024) <= device.multiprocessor_shared
+            if groups % teams == 0 and fits:
+                return staged
         return Plan(8, 1, images, blocks=8)
     warps = 2 if chunks <= 20 else 4 if chunks <= 53 else 8
     return Plan(8, warps, blocks=8 // warps)
@@ -197,7 +202,7 @@ def forward(
         return y
     rank, slots = dt_weight.shape[-1], _slots(height, width)
     groups = -(-channels // _CHANNELS)
-    plan = plan_forward(length, slots.total, rank, batch * groups, _device(x.get_device()))
+    plan = plan_forward(length, slots.total, rank, groups, batch, _device(x.get_device()))
     defines = forward_defines(rank, channels, x.dtype, dt_weight.dtype, out_dtype, plan)
     kernel = nvrtc.get_kernel(read_source("common.cuh", "forward.cu"), "ss2d_forward", defines, x.device)
     tensors = [_aligned(t) for t in (x, projected, dt_weight, dt_bias, A, D)]
