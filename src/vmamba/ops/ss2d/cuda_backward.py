@@ -1,0 +1,212 @@
+"""The gradients of SS2D's core as hand-laid CUDA, for the inputs that `cuda_kernels` takes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from importlib import resources
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmamba.ops import nvrtc
+
+MAX_RANK = 64
+_SOURCES = ("common.cuh", "backward_tools.cuh", "backward_chunk.cuh", "backward.cu")
+_ROUTES = {"cross2d": (1, 1), "bidi": (0, 1), "unidi": (0, 0)}  # the second layout is by columns; a pair runs both ways
+_CHUNK, _CHANNELS = 32, 16  # positions and channels of a warp's tile
+_SMALL = 8  # maps of so many chunks are one warp's work
+_LARGEST = 2**26  # positions
+_THREADS = 256  # of the blocks that prepare and finish
+_PREPARE_BLOCKS = 1056  # a full wave on the largest GPUs; they stride over what there is to do
+
+
+class Plan(NamedTuple):
+    """How a backward is cut up: warps a block, whether they share one map, blocks a multiprocessor, where sums lie."""
+
+    warps: int
+    team: bool
+    blocks: int
+    spill: bool
+    shared_bytes: int
+    workspace: int  # float32 values a block of channels of an image keeps in memory
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "dy", "projected", "packed", "D", "dx", "dprojected", "dweight")),
+        *((name, ctypes.c_void_p) for name in ("dbias", "dA", "dD", "workspace", "turns")),
+        *((name, ctypes.c_int) for name in ("length", "channels", "channel_blocks", "chunks")),
+        *((name, ctypes.c_int) for name in ("height", "width", "columns")),
+    ]
+
+
+class _Preparation(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "A", "packed")),
+        ("zero", ctypes.c_void_p * 6),
+        ("count", ctypes.c_ulonglong * 6),
+        ("channels", ctypes.c_int),
+        ("channel_blocks", ctypes.c_int),
+    ]
+
+
+@functools.cache
+def source() -> str:
+    """Concatenate the translation unit of the backward; there are no includes."""
+    folder = resources.files(__package__).joinpath("cuda")
+    return "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES)
+
+
+def why_not(x: Tensor, dt_weight: Tensor, routes: str) -> str | None:
+    """Say why the backward cannot take inputs that the forward takes, or return None when it can."""
+    if routes not in _ROUTES:
+        return f"the CUDA backward reads the routes {', '.join(map(repr, _ROUTES))}, not {routes!r}."
+    if dt_weight.shape[-1] > MAX_RANK:
+        return f"the CUDA backward takes a rank of at most {MAX_RANK}, and dt_weight has {dt_weight.shape[-1]}."
+    if x.shape[1] > _LARGEST:
+        return f"the CUDA backward takes at most {_LARGEST} positions, and x has {x.shape[1]}."
+    return None
+
+
+def operand_items(rank: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
+    """Count the 16-byte operands a lane has for 16 channels of one route; as in backward_chunk.cuh."""
+    tiles, bf16, weight16 = -(-rank // 16), dtype == torch.bfloat16, weight_dtype == dtype
+    terms = 1 if weight16 else 3 if bf16 else 2
+    back = 1 if bf16 and weight16 else 2
+    return tiles * (terms + back) + (rank + 1) // 16 - rank // 16 + 2
+
+
+def plan_backward(length: int, items: int, shared_limit: int) -> Plan:
+    """Choose the cut of a backward.
+
+    Args:
+        length: positions of the map.
+        items: 16-byte operands of a lane, see `operand_items`.
+        shared_limit: bytes of shared memory a block can have.
+    """
+    chunks = -(-length // _CHUNK)
+    merged, operands = length * _CHANNELS * 4, 2 * 16 * (32 * (items - 1) + 8)
+    if chunks <= _SMALL:
+        own = operands + merged + chunks * 128
+        warps = max(min(4, shared_limit // own), 1)
+        return Plan(warps, False, 2, False, warps * own, 0)
+    fixed = operands + merged + chunks * 256
+    for warps, blocks in ((4, 2), (8, 1)):
+        needed = fixed + warps * 384
+        if blocks * (needed + 1024) <= shared_limit + 1024:
+            return Plan(warps, True, blocks, False, needed, 0)
+    return Plan(8, True, 1, True, operands + 8 * 384, (merged + chunks * 256) // 4)
+
+
+def backward_defines(
+    rank: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    dy_dtype: torch.dtype,
+    channels: int,
+    routes: str,
+    plan: Plan,
+) -> tuple[nvrtc.Define, ...]:
+    """Give the compile-time parameters of `backward.cu`."""
+    return (
+        ("RANK", rank),
+        ("SPAN", _CHUNK // 4),
+        ("BF16", int(dtype == torch.bfloat16)),
+        ("WEIGHT16", int(weight_dtype != torch.float32)),
+        ("DY32", int(dy_dtype == torch.float32)),
+        ("EVEN_E", int(channels % 2 == 0)),
+        ("FULL_E", int(channels % _CHANNELS == 0)),
+        ("TEAM", int(plan.team)),
+        ("SPILL", int(plan.spill)),
+        ("ORDERED", int(torch.are_deterministic_algorithms_enabled())),
+        ("REVERSED", _ROUTES[routes][1]),
+        ("THREADS", 32 * plan.warps),
+        ("BLOCKS", plan.blocks),
+        ("OPERAND_ITEMS", operand_items(rank, dtype, weight_dtype)),
+    )
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Make contiguous and, where a view starts off a 16-byte boundary, copy."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    height: int,
+    width: int,
+    routes: str,
+    flip_back: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of `vmamba.ops.ss2d_scan`; states are recomputed (section 4.2 of the paper for the routes).
+
+    Args:
+        dy: (B, L, E), the gradient of the merged map.
+        x: (B, L, E), bfloat16 or float16.
+        projected: (B, L, 4·(R+2)), as x.
+        dt_weight: (4, E, R), as x or float32.
+        dt_bias: (4, E), float32.
+        A: (4, E, 1), float32.
+        D: (4, E), float32.
+        height: H.
+        width: W.
+        routes: A key of `vmamba.ops.routes.ROUTES` for which `why_not` is None.
+        flip_back: Without meaning for these routes.
+
+    Returns:
+        The gradients of x, projected, dt_weight, dt_bias, A and D, each in the dtype of its input. Under
+        `torch.use_deterministic_algorithms(True)` they are bit-equal from run to run.
+    """
+    (batch, length, channels), rank = x.shape, dt_weight.shape[-1]
+    if dy.dtype != x.dtype:
+        dy = dy.float()
+    dx, dprojected = torch.empty_like(x, memory_format=torch.contiguous_format), projected.new_empty(projected.shape)
+    sums = [torch.empty(t.shape, dtype=torch.float32, device=x.device) for t in (dt_weight, dt_bias, A, D)]
+    if x.numel() == 0:
+        for tensor in (dprojected, *sums):
+            tensor.zero_()
+        return dx, dprojected, sums[0].to(dt_weight.dtype), sums[1], sums[2], sums[3]
+
+    limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    items = operand_items(rank, x.dtype, dt_weight.dtype)
+    plan = plan_backward(length, items, limit)
+    defines = backward_defines(rank, x.dtype, dt_weight.dtype, dy.dtype, channels, routes, plan)
+    prepare, main, finish = (
+        nvrtc.get_kernel(source(), f"ss2d_backward{name}", defines, x.device) for name in ("_prepare", "", "_finish")
+    )
+
+    chunks, blocks = -(-length // _CHUNK), -(-channels // _CHANNELS)
+    columns = _ROUTES[routes][0] if height > 1 else 0
+    merged = torch.empty(batch * 4 * (rank + 2) * chunks * _CHUNK, dtype=torch.float32, device=x.device)
+    packed = torch.empty(4 * blocks * items * 32 * 4, dtype=torch.int32, device=x.device)
+    workspace = torch.empty(batch * blocks * plan.workspace, dtype=torch.float32, device=x.device)
+    ordered = dict(defines)["ORDERED"]
+    turns = torch.empty(2 * blocks + batch * 2 * chunks if ordered else 0, dtype=torch.int32, device=x.device)
+    dy, x, projected, dt_weight, dt_bias, A, D = (_aligned(t) for t in (dy, x, projected, dt_weight, dt_bias, A, D))
+
+    cleared = (merged, *sums, turns)
+    preparation = _Preparation(
+        *(t.data_ptr() for t in (dt_weight, dt_bias, A, packed)),
+        (ctypes.c_void_p * 6)(*(t.data_ptr() for t in cleared)),
+        (ctypes.c_ulonglong * 6)(*(t.numel() for t in cleared)),
+        channels,
+        blocks,
+    )
+    prepare.launch((_PREPARE_BLOCKS, 1, 1), _THREADS, [preparation])
+    pointers = (x, dy, projected, packed, D, dx, merged, *sums, workspace, turns)
+    problem = _Problem(*(t.data_ptr() for t in pointers), length, channels, blocks, chunks, height, width, columns)
+    grid = batch * blocks if plan.team else batch * -(-blocks // plan.warps)
+    main.launch((grid, 1, 1), 32 * plan.warps, [problem], shared_bytes=plan.shared_bytes)
+    arguments: list[nvrtc.Argument] = [merged, dprojected, length, chunks, height, width, columns]
+    together = max(2048 // ((rank + 2) * _CHUNK), 1)  # chunks of a block
+    finish.launch((batch * 4 * -(-chunks // together), 1, 1), _THREADS, arguments)
+    return dx, dprojected, sums[0].to(dt_weight.dtype), sums[1], sums[2], sums[3]

@@ -1,0 +1,147 @@
+"""The CUDA backward of SS2D: compiled for every architecture here, checked against float64 where there is a GPU."""
+
+import pytest
+import torch
+
+from vmamba.ops import nvrtc
+from vmamba.ops.ss2d import cuda_backward
+from vmamba.ops.ss2d.reference import ss2d_scan_reference
+
+bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+SHARED = {"H200": 232448, "A100": 166912, "RTX 4090": 101376}
+NAMES = ("x", "projected", "dt_weight", "dt_bias", "A", "D")
+
+needs_compiler = pytest.mark.skipif(
+    nvrtc.compiler_unavailable() is not None, reason=f"no run-time compiler: {nvrtc.compiler_unavailable()}"
+)
+
+VARIANTS = {  # rank, dtype, dtype of dt_weight, of dy, channels, positions, routes
+    "large map": (6, bf16, bf16, bf16, 96, 56 * 56, "cross2d"),
+    "small map, high rank, float32 weights": (48, bf16, f32, f32, 768, 7 * 7, "cross2d"),
+    "workspace, odd channels, rank 7, float16": (7, f16, f16, f32, 33, 70 * 66, "unidi"),
+}
+
+
+def compiled(rank, dtype, weight_dtype, dy_dtype, channels, length, routes, capability, **replaced):
+    items = cuda_backward.operand_items(rank, dtype, weight_dtype)
+    plan = cuda_backward.plan_backward(length, items, SHARED["H200"])
+    defines = dict(cuda_backward.backward_defines(rank, dtype, weight_dtype, dy_dtype, channels, routes, plan))
+    return nvrtc.compile_cubin(cuda_backward.source(), capability, tuple((defines | replaced).items()), use_cache=False)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("name", "capability"), [*zip(VARIANTS, [(8, 0), (9, 0), (10, 0)], strict=True)], ids=str)
+def test_compiles_for_every_architecture(name, capability):
+    cubin = compiled(*VARIANTS[name], capability)
+    for kernel in (b"ss2d_backward_prepare", b"ss2d_backward", b"ss2d_backward_finish"):
+        assert kernel + b"\0" in cubin
+
+
+@needs_compiler
+def test_compiles_with_sums_in_a_fixed_order():
+    assert compiled(*VARIANTS["large map"], (9, 0), ORDERED=1) != compiled(*VARIANTS["large map"], (9, 0), ORDERED=0)
+
+
+@needs_compiler
+def test_both_sides_count_the_same_operands():
+    items = cuda_backward.operand_items(15, bf16, f32)
+    with pytest.raises(nvrtc.CompilationError, match="static assertion"):
+        compiled(15, bf16, f32, bf16, 16, 49, "bidi", (9, 0), OPERAND_ITEMS=items + 1)
+    assert compiled(15, bf16, f32, bf16, 16, 49, "bidi", (9, 0))
+
+
+@pytest.mark.parametrize("limit", SHARED.values(), ids=SHARED)
+@pytest.mark.parametrize("rank", [1, 6, 15, 48, 64])
+def test_plans_fit_the_multiprocessor(limit, rank):
+    items = cuda_backward.operand_items(rank, f16, f32)
+    for length in (1, 31, 49, 196, 256, 257, 784, 3136, 4096, 256 * 256):
+        plan = cuda_backward.plan_backward(length, items, limit)
+        assert plan.shared_bytes <= limit
+        assert 1 <= plan.warps * plan.blocks <= 8  # at 255 registers a thread
+        assert plan.spill == (plan.workspace > 0)
+        if not plan.spill:
+            assert plan.shared_bytes >= (1 if plan.team else plan.warps) * length * 64
+
+
+def test_says_why_not():
+    x, weight = torch.empty(1, 4, 2, dtype=bf16), torch.empty(4, 2, 3)
+    assert cuda_backward.why_not(x, weight, "cross2d") is None
+    assert "not 'rows'" in cuda_backward.why_not(x, weight, "rows")
+    assert "at most 64, and dt_weight has 65" in cuda_backward.why_not(x, torch.empty(4, 2, 65), "bidi")
+
+
+# ---- on a GPU ----
+
+SHAPES = [  # B, H, W, E, R
+    (1, 1, 1, 16, 6),
+    (2, 7, 7, 64, 48),
+    (1, 14, 14, 48, 24),
+    (2, 28, 28, 32, 12),
+    (1, 56, 56, 16, 6),
+    (2, 5, 3, 1, 1),
+    (3, 9, 13, 17, 3),
+    (1, 57, 1, 6, 16),
+    (2, 1, 40, 20, 15),
+    (1, 2, 57, 100, 7),
+    (1, 20, 21, 96, 33),
+    (1, 9, 9, 30, 64),
+    (1, 70, 66, 18, 5),
+]
+
+
+def gpu_inputs(ss2d_inputs, shape, dtype, weight_dtype, dy_dtype):
+    batch, height, width, channels, rank = shape
+    inputs = [t.cuda() for t in ss2d_inputs(batch, height, width, channels, 1, rank, dtype=dtype)]
+    inputs[2] = inputs[2].to(weight_dtype)
+    return inputs, torch.randn(batch, height * width, channels).to(dy_dtype).cuda()
+
+
+def reference_grads(inputs, dy, shape, routes, dtype):
+    leaves = [t.to(dtype).requires_grad_() for t in inputs]
+    y = ss2d_scan_reference(*leaves, height=shape[1], width=shape[2], routes=routes)
+    return torch.autograd.grad(y, leaves, dy.to(y.dtype))
+
+
+def check(assert_accurate, inputs, dy, shape, routes):
+    grads = cuda_backward.backward(dy, *inputs, shape[1], shape[2], routes, True)
+    exact = reference_grads(inputs, dy, shape, routes, torch.float64)
+    plain = reference_grads(inputs, dy, shape, routes, torch.float32)
+    for name, grad, same, truth, tensor in zip(NAMES, grads, plain, exact, inputs, strict=True):
+        assert grad.dtype == tensor.dtype
+        assert_accurate(grad, same.to(tensor.dtype), truth, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients(shape, ss2d_inputs, assert_accurate, nan_filled_memory):
+    inputs, dy = gpu_inputs(ss2d_inputs, shape, bf16, bf16, bf16)
+    check(assert_accurate, inputs, dy, shape, "cross2d")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtypes", [(bf16, f32, f32), (f16, f16, f16), (f16, f32, f32)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 12, 11, 32, 6), (1, 30, 11, 34, 12)], ids=str)
+def test_gradients_in_every_dtype(shape, dtypes, ss2d_inputs, assert_accurate, nan_filled_memory):
+    inputs, dy = gpu_inputs(ss2d_inputs, shape, *dtypes)
+    check(assert_accurate, inputs, dy, shape, "cross2d")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("routes", ["bidi", "unidi"])
+@pytest.mark.parametrize("shape", [(1, 6, 30, 32, 6), (1, 12, 30, 32, 6)], ids=str)
+def test_gradients_along_other_routes(shape, routes, ss2d_inputs, assert_accurate, nan_filled_memory):
+    inputs, dy = gpu_inputs(ss2d_inputs, shape, bf16, bf16, bf16)
+    check(assert_accurate, inputs, dy, shape, routes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(8, 7, 7, 192, 48), (8, 14, 14, 96, 24), (4, 28, 28, 96, 12)], ids=str)
+def test_deterministic_algorithms_repeat_every_bit(shape, ss2d_inputs):
+    inputs, dy = gpu_inputs(ss2d_inputs, shape, bf16, bf16, bf16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [cuda_backward.backward(dy, *inputs, shape[1], shape[2], "cross2d", True) for _ in range(4)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
