@@ -1,12 +1,13 @@
-// Shared by the forward and backward kernels of SS2D for one state per channel. The loader puts this text before theirs;
-// no header is included, so that nothing but NVRTC is needed.
+// Shared by the forward and backward kernels of SS2D for one state per channel. The loader puts this text before
+// theirs; no header is included, so that nothing but NVRTC is needed.
 //
 // Compile-time parameters (set by the Python side):
 //   RANK        R, the rank of the step size
 //   BF16        1: 16-bit values are bfloat16, 0: float16
 //   WEIGHT16    1: dt_weight has the 16-bit type, 0: float32
-//   OUT         the type of the result: 0 float32, 1 bfloat16, 2 float16
 //   SPAN        T, positions a lane owns in one chunk (even); a warp's chunk is 4 T positions of 16 channels
+// and, of the forward alone,
+//   OUT         the type of the result: 0 float32, 1 bfloat16, 2 float16
 //   WARPS       warps that share one route
 //   EVEN_E      1: the number of channels is even, so two adjacent ones load as 32 bits
 
@@ -232,7 +233,7 @@ struct InputOutputSelector {
     }
 };
 
-// ---- the order of a route --------------------------------------------------------------------------------------------
+// ---- the order of a route -------------------------------------------------------------------------------------------
 
 struct Fold {  // n = quotient * divisor + remainder without a division
     u32 divisor, magic;
@@ -248,7 +249,7 @@ struct Fold {  // n = quotient * divisor + remainder without a division
     }
 };
 
-// ---- shared memory by 32-bit address: what is computed once stays computed -------------------------------------------
+// ---- shared memory by 32-bit address: what is computed once stays computed ------------------------------------------
 
 __device__ __forceinline__ u32 load_shared(u32 address) {
     u32 r;
@@ -286,7 +287,7 @@ __device__ __forceinline__ void store_shared(u32 address, float2 v) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
 }
 
-// ---- mbarriers: signals between warps of a block that do not stop the one who gives them -----------------------------
+// ---- mbarriers: signals between warps of a block that do not stop the one who gives them ----------------------------
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 

@@ -34,7 +34,7 @@ struct Shared {
 };
 
 // The map in the reading order of one route, one position a lane, STEP apart from call to call. The 16 sums of a
-// position are kept in slots permuted so that the quarters of a chunk, which a warp addresses together, lie in different
+// position are kept in slots permuted so that the quarters of a chunk, which a warp addresses together, lie in other
 // banks; the permutation depends on the map position alone. One of slot_row and slot_column is 1, the other even.
 struct Reader {
     int line, place;                    // of this lane's position
@@ -274,8 +274,8 @@ __device__ __forceinline__ void cluster_sync() {
 }
 
 // Add up the maps of the four blocks of a cluster; each writes a quarter of the positions.
-__device__ __forceinline__ void merge_blocks(Reader reader, const u16* x, const float* D, void* y, u64 image_start, int E,
-                                             int first_channel, u32 W, int quarter) {
+__device__ __forceinline__ void merge_blocks(const Reader& reader, const u16* x, const float* D, void* y,
+                                             u64 image_start, int E, int first_channel, u32 W, int quarter) {
     const int channel = first_channel + 2 * (threadIdx.x & 7);
     const int channel0 = min(channel, EVEN_E ? E - 2 : E - 1), channel1 = min(channel0 + 1, E - 1);
     Output out;
@@ -310,6 +310,64 @@ __device__ __forceinline__ void merge_blocks(Reader reader, const u16* x, const 
     }
 }
 #endif
+
+// From step sizes to decays and inputs, and the recurrence over a lane's positions from a zero state.
+__device__ __forceinline__ void scan_lane(float (&a)[T][2], float (&b)[T][2], const u32 (&x)[T],
+                                          const float (&decay)[2], float (&product)[2], float (&h)[2]) {
+#pragma unroll
+    for (int i = 0; i < T; i++) {
+        const float in0 = b[i][0] * unpack_low(x[i]), in1 = b[i][0] * unpack_high(x[i]);
+        const float s0 = softplus2<EXACT>(a[i][0]), s1 = softplus2<EXACT>(a[i][1]);
+        a[i][0] = ex2(s0 * decay[0]);
+        a[i][1] = ex2(s1 * decay[1]);
+        b[i][0] = s0 * in0;
+        b[i][1] = s1 * in1;
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            product[k] *= a[i][k];
+            h[k] = fmaf(a[i][k], h[k], b[i][k]);
+        }
+    }
+}
+
+// Wait until the other direction is through with the chunks that cover the one at `start`, as far as it comes first.
+// Chunks are counted on from map to map; `before` were counted in earlier ones.
+__device__ __forceinline__ void wait_for_cover(Shared::Team& team, int group, u32 start, u32 L, u32 middle,
+                                               u32 before) {
+    const u32 last = L - 1 - start, first = last - min(u32(CHUNK - 1), last);
+    u32 end = last / CHUNK + 1;
+    if (group) end = min(end, middle / CHUNK);
+    for (; end > first / CHUNK; end--) count_wait(&team.done[1 - group][(end - 1) % WARPS], before + end);
+}
+
+// Choose how a chunk merges; its direction comes first before `border`.
+__device__ __forceinline__ void merge_chunk(u32 layout, u32 start, u32 border, u32 L, const float (&a)[T][2],
+                                            const float (&b)[T][2], const float (&c)[T], float (&h)[2],
+                                            const u32 (&x)[T], u32 slots, u32 positions, const Output& out, int lane) {
+    if (start + CHUNK <= min(border, L)) {
+        if (layout == 0) {
+            merge<STORE>(a, b, c, h, x, slots, positions, out, lane);
+        } else {
+            merge<ADD>(a, b, c, h, x, slots, positions, out, lane);
+        }
+    } else if (start >= border && start + CHUNK <= L) {
+        if (layout == 0) {
+            merge<ADD>(a, b, c, h, x, slots, positions, out, lane);
+        } else {
+            merge<FINISH>(a, b, c, h, x, slots, positions, out, lane);
+        }
+    } else {
+        if (start + lane < min(border, L) && lane < CHUNK) {
+            store_shared(slots + lane * 4, load_shared(slots + lane * 4) | FIRST);
+        }
+        __syncwarp();
+        if (layout == 0) {
+            merge<MIXED_STORE>(a, b, c, h, x, slots, positions, out, lane);
+        } else {
+            merge<MIXED_FINISH>(a, b, c, h, x, slots, positions, out, lane);
+        }
+    }
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     ss2d_forward(const u16* __restrict__ x, const u16* __restrict__ projected, const void* __restrict__ weight,
@@ -408,20 +466,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     tabulate(buffer);
                     next.fetch(in, positions0 + buffer, lane);
                 }
-#pragma unroll
-                for (int i = 0; i < T; i++) {
-                    const float in0 = b[i][0] * unpack_low(xs[i]), in1 = b[i][0] * unpack_high(xs[i]);
-                    const float s0 = softplus2<EXACT>(a[i][0]), s1 = softplus2<EXACT>(a[i][1]);
-                    a[i][0] = ex2(s0 * decay[0]);
-                    a[i][1] = ex2(s1 * decay[1]);
-                    b[i][0] = s0 * in0;
-                    b[i][1] = s1 * in1;
-#pragma unroll
-                    for (int k = 0; k < 2; k++) {
-                        product[k] *= a[i][k];
-                        h[k] = fmaf(a[i][k], h[k], b[i][k]);
-                    }
-                }
+                scan_lane(a, b, xs, decay, product, h);
                 join_lanes(h[0], product[0]);
                 join_lanes(h[1], product[1]);
 
@@ -448,44 +493,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     incoming[k] = last;
                 }
 
-                // Where the other direction was first, it must be through with the chunks that cover this one. Seen once,
-                // it stays so: further on, the same warps' earlier chunks are asked for.
+                // Where the other direction came first, it must be through with the chunks that cover this one. Seen
+                // once, it stays so: further on, the same warps' earlier chunks are asked for.
                 if (start + CHUNK > border && !passed) {
                     passed = start >= border;
-                    const u32 last = L - 1 - start, first = last - min(u32(CHUNK - 1), last);
-                    u32 end = last / CHUNK + 1;
-                    if (group) end = min(end, middle / CHUNK);
-                    for (; end > first / CHUNK; end--) {
-                        count_wait(&own.done[1 - group][(end - 1) % WARPS], round * chunks + end);
-                    }
+                    wait_for_cover(own, group, start, L, middle, round * chunks);
                 }
                 if (layout == 1 && q < WARPS) {
                     count_wait(&own.whole[0], (turn + 1) * WARPS);
                     count_wait(&own.whole[1], (turn + 1) * WARPS);
                 }
-                if (start + CHUNK <= min(border, L)) {
-                    if (layout == 0) {
-                        merge<STORE>(a, b, c, h, xs, slots, positions, out, lane);
-                    } else {
-                        merge<ADD>(a, b, c, h, xs, slots, positions, out, lane);
-                    }
-                } else if (start >= border && start + CHUNK <= L) {
-                    if (layout == 0) {
-                        merge<ADD>(a, b, c, h, xs, slots, positions, out, lane);
-                    } else {
-                        merge<FINISH>(a, b, c, h, xs, slots, positions, out, lane);
-                    }
-                } else {
-                    if (start + lane < min(border, L) && lane < CHUNK) {
-                        store_shared(slots + lane * 4, load_shared(slots + lane * 4) | FIRST);
-                    }
-                    __syncwarp();
-                    if (layout == 0) {
-                        merge<MIXED_STORE>(a, b, c, h, xs, slots, positions, out, lane);
-                    } else {
-                        merge<MIXED_FINISH>(a, b, c, h, xs, slots, positions, out, lane);
-                    }
-                }
+                merge_chunk(layout, start, border, L, a, b, c, h, xs, slots, positions, out, lane);
                 if (!APART && start < border) count_set(&own.done[group][rank], round * chunks + q + 1, lane);
             }
             count_set(&own.done[group][rank], (round + 1) * chunks, lane);
@@ -494,8 +512,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
 #if APART
     cluster_sync();
-    merge_blocks(Reader(H, W, slot_row, slot_column, false, false, 0, map_base), x, D, y, u64(first_image) * L * E, E, channel - 2 * g, W,
-                 blockIdx.x % 4);
+    const Reader reader(H, W, slot_row, slot_column, false, false, 0, map_base);
+    merge_blocks(reader, x, D, y, u64(first_image) * L * E, E, channel - 2 * g, W, blockIdx.x % 4);
     cluster_sync();  // a block's shared memory must outlive its readers
 #endif
 }
