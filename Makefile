@@ -16,7 +16,7 @@ quickstart: $(STAMP)
 	$(BIN)/vmamba quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -214,7 +214,7 @@ _PAPER_NAMES = {
 _OWN = {
     # For small images and CPUs: the stem keeps half the resolution, so that 32×32 gives maps of 16, 8 and 4.
     "vmamba_nano": VMambaConfig(
-        depths=(2, 2, 2), dims=64, img_size=32, patch_size=2, stem="patch", num_classes=10, drop_path_rate=0.05
+        depths=(1, 1, 2), dims=64, img_size=32, patch_size=2, stem="patch", num_classes=10, drop_path_rate=0.05
     ),
     # For tests: every kind of layer, tens of thousands of parameters.
     "vmamba_test": VMambaConfig(

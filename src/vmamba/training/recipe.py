@@ -111,7 +111,7 @@ class Recipe:
     data: str = "digits"
     held_out: float = 0.2
     img_size: int | None = None
-    epochs: int = 12
+    epochs: int = 15
     batch_size: int = 32
     output: str | None = None
     resume: str | None = None

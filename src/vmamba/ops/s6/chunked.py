@@ -9,6 +9,7 @@ Layout inside: [K, T, B, G, E]. A step over all chunks, sequences and channels o
 States are recomputed in the backward, one of the N at a time; what is kept of a forward is its inputs.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -19,6 +20,10 @@ from torch import Tensor
 # Elements of a work buffer beyond which batches, then routes, are split: a few such buffers are alive at a time, and
 # stay in the last-level cache of a laptop.
 SLAB_ELEMENTS = 5 << 18
+
+# exp(x) is taken as 2^(x·log₂e), the factor folded into A: torch's exp2 is its own vector code everywhere, while exp is
+# MKL's, which is up to 3.7 times slower on processors of other makers.
+LOG2_E = math.log2(math.e)
 
 
 def why_not(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> str | None:
@@ -107,9 +112,10 @@ def scan_outputs(dt: Tensor, drive: Tensor, A: Tensor, B: Tensor, C: Tensor, out
         outs: K views [T, B, G, E], which may be views of one map: they are added to one after another.
     """
     N = A.shape[2]
+    A2 = A * LOG2_E
     for n in range(N):
         last = n == N - 1
-        a = torch.mul(dt, A[:, None, None, None, :, n], out=dt if last else None).exp_()
+        a = torch.mul(dt, A2[:, None, None, None, :, n], out=dt if last else None).exp2_()
         h = torch.mul(drive, B[..., n, None], out=drive if last else None)
         scan_states(a, h)
         for k, out in enumerate(outs):
@@ -138,7 +144,7 @@ def scan_gradients(
     a, h, g, scratch = (torch.empty_like(dt) for _ in range(4))
     for n in range(N):
         A_n, B_n, C_n = A[:, None, None, None, :, n], B[..., n, None], C[..., n, None]
-        torch.mul(dt, A_n, out=a).exp_()
+        torch.mul(dt, A_n * LOG2_E, out=a).exp2_()
         torch.mul(drive, B_n, out=h)
         starts, products = scan_states(a, h)
         for k, dy in enumerate(dys):
