@@ -79,6 +79,8 @@ def test_names_are_found_again_from_the_architecture() -> None:
         (lambda: vmamba.create_model("vmamba_tinny"), "did you mean vmamba_tiny"),
         (lambda: vmamba.create_model("vmamba_tiny", num_clases=3), "did you mean 'num_classes'"),
         (lambda: VMambaConfig(depths=(2, 2), dims=(8, 16, 32)), "one width for each stage"),
+        (lambda: VMambaConfig(dims=("a", "b"), depths=(1, 1)), "whole numbers"),
+        (lambda: VMambaConfig(depths=2), "whole numbers"),
         (lambda: VMambaConfig(routes="diagonal"), "'cross2d', 'unidi', 'bidi', 'cascade2d'"),
         (lambda: VMambaConfig(d_conv=4), "odd"),
         (lambda: VMambaConfig(drop_path_rate=1.0), "probability"),

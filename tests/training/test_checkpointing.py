@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from vmamba.models.checkpoint import CheckpointError
 from vmamba.training.checkpointing import Position, load_state, restore_random_state, save_state
 
 
@@ -35,12 +36,12 @@ def test_a_failed_write_leaves_the_old_state(tmp_path, monkeypatch):
     path = tmp_path / "state.pt"
     save_state(path, Position(epoch=1), {})
 
-    def full_disk(state, stream):
-        stream.write(b"half")
+    def full_disk(state, path):
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match="No space left"):
         save_state(path, Position(epoch=2), {})
     assert load_state(path)[0].epoch == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]

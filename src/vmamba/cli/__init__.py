@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": "measure how well a model classifies",
     "predict": "say what is in image files",
     "models": "list the variants with parameters, FLOPs and published accuracy",
+    "benchmark": "time models against each other: throughput, latency, memory",
     "doctor": "show versions, devices and which backends can run here",
     "convert": "turn weights of any origin into safetensors, or into the published layout",
 }

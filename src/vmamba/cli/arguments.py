@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -63,6 +64,8 @@ def parse(
     words = [_with_underscores(word) for word in argv]
     known = list(_names(options))
     _refuse_unknown(words, known)
+    if not positionals:
+        words = _with_lists_joined(words, options)
     try:
         namespace = parser.parse_args(words)
     except UsageError as error:
@@ -129,6 +132,26 @@ def _with_underscores(word: str) -> str:
         return word
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _with_lists_joined(words: Sequence[str], options: type) -> list[str]:
+    """Let `--names a b` stand for `--names [a,b]`, for fields that are lists."""
+    lists = {f"--{name}" for name, hint in get_type_hints(options).items() if "list[" in str(hint)}
+    joined: list[str] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        joined.append(word)
+        if word not in lists:
+            continue
+        start = position
+        while position < len(words) and not words[position].startswith("--"):
+            position += 1
+        values = words[start:position]
+        bracketed = len(values) == 1 and values[0].startswith("[")
+        joined += values if bracketed or not values else [json.dumps(values)]
+    return joined
 
 
 def _is_known(name: str, known: Sequence[str]) -> bool:

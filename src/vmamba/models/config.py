@@ -1,6 +1,7 @@
 """What a VMamba is made of: one frozen dataclass, and the table of named variants."""
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -99,9 +100,8 @@ class VMambaConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        depths = tuple(int(d) for d in self.depths)
-        dims = self.dims
-        dims = tuple(dims * 2**i for i in range(len(depths))) if isinstance(dims, int) else tuple(int(d) for d in dims)
+        depths, dims = _integers("depths", self.depths), self.dims
+        dims = tuple(dims * 2**i for i in range(len(depths))) if isinstance(dims, int) else _integers("dims", dims)
         object.__setattr__(self, "depths", depths)
         object.__setattr__(self, "dims", dims)
         if isinstance(self.img_size, list):
@@ -184,6 +184,13 @@ class VMambaConfig:
     def rank(self, dim: int) -> int:
         """Return R, the rank of Δ's projection, of a block of width `dim`."""
         return -(-dim // 16) if self.dt_rank == "auto" else int(self.dt_rank)
+
+
+def _integers(name: str, values: Any) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(value) for value in values)
+    except TypeError:
+        raise ValueError(f"{name} must be whole numbers, one for each stage; got {values!r}") from None
 
 
 def reject_unknown(given: Mapping[str, Any] | Sequence[str], known: Sequence[str], what: str) -> None:

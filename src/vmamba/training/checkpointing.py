@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 from dataclasses import asdict, dataclass, fields
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from vmamba.models.checkpoint_files import replacing
 
 _FORMAT = 1
 
@@ -54,15 +55,8 @@ def save_state(path: Path, position: Position, parts: dict[str, Any]) -> None:
         parts: State dicts by name; None for a part that the run does not have.
     """
     state = {"format": _FORMAT, "position": asdict(position), "random": _random_state(), "parts": parts}
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load_state(path: Path) -> tuple[Position, dict[str, Any], dict[str, Any]]:
