@@ -39,7 +39,7 @@ class ModelRow:
 
     name: str
     params: int
-    gflops: float | None
+    gflops: float
     top1: float | None
     weights: bool
 
@@ -80,7 +80,7 @@ def model_rows(published: bool = False, pattern: str = "*") -> list[ModelRow]:
         if info:
             rows.append(ModelRow(name, info.params, info.gflops, info.top1, info.url is not None))
         else:
-            rows.append(ModelRow(name, _count_parameters(name), None, None, False))
+            rows.append(ModelRow(name, *_count(name), None, False))
     return rows
 
 
@@ -97,7 +97,7 @@ def as_markdown(rows: Sequence[ModelRow]) -> str:
 def _cells(row: ModelRow) -> list[str]:
     return [
         f"{row.params / 1e6:.2f} M",
-        "–" if row.gflops is None else f"{row.gflops:.2f}",
+        f"{row.gflops:.2f}",
         "–" if row.top1 is None else f"{row.top1:.1f} %",
         "yes" if row.weights else "–",
     ]
@@ -116,11 +116,14 @@ def _print_table(rows: Sequence[ModelRow]) -> None:
     Console().print(table)
 
 
-def _count_parameters(name: str) -> int:
+def _count(name: str) -> tuple[int, float]:
+    """Return the parameters of a variant, and its 10⁹ multiply-accumulates at 224 × 224."""
     import torch
 
+    from vmamba.analysis.flops import count_flops
     from vmamba.models.config import get_config
     from vmamba.models.vmamba import VMamba
 
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in VMamba(get_config(name)).parameters())
+        model = VMamba(get_config(name))
+    return sum(parameter.numel() for parameter in model.parameters()), count_flops(model).total / 1e9
