@@ -15,6 +15,9 @@ from vmamba.ops.ss2d.reference import ss2d_scan_reference
 
 pytest.importorskip("triton")
 
+# Triton 3.6's interpreter itself does what NumPy from 1.25 on warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the test below starts")
 SMALL = Launch(positions=8, channels=32, states=2, chunk=16, registers=0)
