@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,10 +83,12 @@ def load_model(name: str, img_size: tuple[int, int]) -> nn.Module:
 
     import vmamba
 
-    if name in vmamba.list_models(published=True):
+    if name in (ours := vmamba.list_models(published=True)):
         return vmamba.create_model(name)
     if not timm.is_model(name):
-        vmamba.create_model(name)  # raises, naming the nearest
+        near = get_close_matches(name, [*ours, *timm.list_models()], n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; `vmamba models` and timm.list_models() list them"
+        raise ValueError(f"neither vmamba nor timm has a model called {name!r}{hint}")
     if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False) or "swin" in name or "deit" in name:
         return timm.create_model(name, img_size=img_size)
     return timm.create_model(name)
