@@ -5,6 +5,8 @@
 The scan multiplies thousands of decays ex2(Δ·A): a mean error in one of them does not average out. Needs a CUDA device.
 """
 
+import itertools
+
 import torch
 
 from vmamba.ops import nvrtc
@@ -28,7 +30,7 @@ def main() -> None:
     kernel = nvrtc.get_kernel(SOURCE, "special", (), device)
     n = 1 << 24
     print("argument            ex2: bias, rms, largest relative error     rcp(1 + ex2): bias, rms")
-    for high, low in zip(EDGES, EDGES[1:], strict=False):
+    for high, low in itertools.pairwise(EDGES):
         x = (torch.rand(n, device=device, dtype=torch.float64) * (high - low) + low).float()
         power, inverse = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
         kernel.launch((n // 256, 1, 1), 256, [x, power, inverse, n])
