@@ -11,8 +11,6 @@ import vmamba
 from vmamba.analysis.flops import count_flops
 from vmamba.models.published import PUBLISHED
 
-FACTS = Path(__file__).resolve().parents[3] / "shared" / "reference" / "published.json"
-
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_have_the_published_flops(name: str) -> None:
@@ -21,10 +19,9 @@ def test_published_configurations_have_the_published_flops(name: str) -> None:
     assert count_flops(model).total / 1e9 == pytest.approx(PUBLISHED[name].gflops, rel=1e-3)
 
 
-@pytest.mark.skipif(not FACTS.is_file(), reason="the folder shared/ is not beside this checkout")
-def test_larger_images_have_the_published_flops() -> None:
+def test_larger_images_have_the_published_flops(shared: Path) -> None:
     checked = 0
-    for name, facts in json.loads(FACTS.read_text())["models"].items():
+    for name, facts in json.loads((shared / "reference" / "published.json").read_text())["models"].items():
         sizes = {int(size): count for size, count in facts["gflops_exact_official_counter"].items() if size != "224"}
         if sizes:
             with torch.device("meta"):

@@ -5,6 +5,7 @@ takes five an element (four without weights), pooling one; activations and addit
 9·B·L·E·N + B·L·E over all routes' channels (Mamba's own count).
 """
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,8 +61,6 @@ def count_flops(model: nn.Module, img_size: tuple[int, int] = (224, 224), *, bat
 
 
 def _without_memory(model: nn.Module) -> nn.Module:
-    import copy
-
     with torch.no_grad():
         # deepcopy through a memo of meta tensors, so that a large model is not copied in full first.
         memo: dict[int, Any] = {}

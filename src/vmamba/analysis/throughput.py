@@ -89,7 +89,8 @@ def load_model(name: str, img_size: tuple[int, int]) -> nn.Module:
         near = get_close_matches(name, [*ours, *timm.list_models()], n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; `vmamba models` and timm.list_models() list them"
         raise ValueError(f"neither vmamba nor timm has a model called {name!r}{hint}")
-    if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False) or "swin" in name or "deit" in name:
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is not None and cfg.fixed_input_size:
         return timm.create_model(name, img_size=img_size)
     return timm.create_model(name)
 

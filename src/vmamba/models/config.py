@@ -183,7 +183,12 @@ class VMambaConfig:
 
     def rank(self, dim: int) -> int:
         """Return R, the rank of Δ's projection, of a block of width `dim`."""
-        return -(-dim // 16) if self.dt_rank == "auto" else int(self.dt_rank)
+        return resolve_dt_rank(self.dt_rank, dim)
+
+
+def resolve_dt_rank(dt_rank: int | Literal["auto"], dim: int) -> int:
+    """Return R for a block of width `dim`: "auto" is ceil(dim / 16)."""
+    return -(-dim // 16) if dt_rank == "auto" else int(dt_rank)
 
 
 def _integers(name: str, values: Any) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba.models.config import Activation, OutNorm
+from vmamba.models.config import Activation, OutNorm, resolve_dt_rank
 from vmamba.models.initialization import init_dt_A_D
 from vmamba.models.layers import ACTIVATIONS, DepthwiseConv2d, LayerNorm, SpatialSoftmax
 from vmamba.ops import cross_merge, cross_scan, selective_scan, ss2d_scan
@@ -67,7 +67,7 @@ class SS2D(nn.Module):
         d_inner = int(ssm_ratio * d_model)
         if d_inner < 1:
             raise ValueError(f"ssm_ratio {ssm_ratio} of {d_model} channels leaves none for SS2D; raise one of them")
-        rank = -(-d_model // 16) if dt_rank == "auto" else dt_rank
+        rank = resolve_dt_rank(dt_rank, d_model)
         if sequential_routes and routes == "cascade2d":
             raise ValueError("sequential_routes scans four whole-map routes; it does not go with routes='cascade2d'")
         self.d_model, self.d_inner, self.d_state, self.dt_rank = d_model, d_inner, d_state, rank

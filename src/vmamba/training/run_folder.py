@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,10 +62,11 @@ class RunFolder:
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop what was measured after the update a run is resumed from: it will be measured again."""
+        from vmamba.models.checkpoint_files import replacing  # here, so that `vmamba train --help` stays quick
+
         kept = [record for record in self.read_metrics() if record["step"] <= step]
-        temporary = self.metrics.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(temporary, self.metrics)
+        with replacing(self.metrics) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
     def append_damaged(self, problem: str) -> None:
         """Name an image that cannot be read."""
