@@ -40,10 +40,10 @@ def test_autocast_keeps_float32_weights_and_plain_bfloat16_does_not() -> None:
 
 def test_memory_that_runs_out_halves_the_batch(monkeypatch) -> None:
     class Greedy(throughput.Runner):
-        def __init__(self, workload, device):
+        def __init__(self, workload, device, build):
             if workload.batch_size > 3:
                 raise torch.OutOfMemoryError("no room")
-            super().__init__(workload, device)
+            super().__init__(workload, device, build)
 
     monkeypatch.setattr(throughput, "Runner", Greedy)
     (measured,) = measure([replace(SMALL, batch_size=12)], "cpu", rounds=1, seconds_a_round=0.01)

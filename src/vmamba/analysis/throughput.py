@@ -39,6 +39,7 @@ class Workload:
         precision: dtype of weights and images; "autocast-…" keeps float32 weights and casts in the operations.
         compiled: "eager", or the mode of torch.compile.
         mode: a forward pass in evaluation mode, or forward, cross-entropy and backward.
+        memory_format: of the images and the convolutions' weights.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Workload:
     precision: Precision = "bfloat16"
     compiled: CompileMode = "default"
     mode: Mode = "inference"
+    memory_format: Literal["channels_last", "contiguous"] = "channels_last"
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,24 @@ def load_model(name: str, img_size: tuple[int, int]) -> nn.Module:
     return timm.create_model(name)
 
 
-class Runner:
-    """A workload made ready: one call of `step` is one batch."""
+Build = Callable[[str, tuple[int, int]], nn.Module]
 
-    def __init__(self, workload: Workload, device: torch.device) -> None:
+
+class Runner:
+    """A workload made ready: one call of `step` is one batch. `build` turns the model's name into a model."""
+
+    def __init__(self, workload: Workload, device: torch.device, build: Build = load_model) -> None:
         self.workload, self.device = workload, device
         training = workload.mode == "training"
         cast = workload.precision.removeprefix("autocast-")
         self.autocast_dtype = _DTYPES[cast] if cast != workload.precision else None
         dtype = torch.float32 if self.autocast_dtype else _DTYPES[cast]
-        model = load_model(workload.model, workload.img_size).to(device=device, dtype=dtype).train(training)
-        self.model = model.to(memory_format=torch.channels_last)
+        model = build(workload.model, workload.img_size).to(device=device, dtype=dtype).train(training)
+        memory_format = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+        self.model = model.to(memory_format=memory_format[workload.memory_format])
         self.params = sum(p.numel() for p in model.parameters())
         images = torch.randn(workload.batch_size, 3, *workload.img_size, device=device, dtype=dtype)
-        self.images = images.to(memory_format=torch.channels_last)
+        self.images = images.to(memory_format=memory_format[workload.memory_format])
         classes: Any = model.num_classes
         self.targets = torch.randint(classes, (workload.batch_size,), device=device)
         run: Callable[[Tensor], Tensor] = self.model
@@ -147,6 +153,7 @@ def measure(
     rounds: int = 10,
     seconds_a_round: float = 0.3,
     report: Callable[[str], None] = lambda _: None,
+    build: Build = load_model,
 ) -> list[Measurement]:
     """Time workloads in turns.
 
@@ -156,6 +163,7 @@ def measure(
         rounds: turns each takes.
         seconds_a_round: about how long a turn lasts.
         report: called with a line of progress.
+        build: makes a model from its name and the image size.
 
     Returns:
         A measurement for each workload, in their order.
@@ -167,7 +175,7 @@ def measure(
     ready = []
     for workload in workloads:
         report(f"preparing {workload.model} ({workload.mode}, {workload.precision}, {workload.compiled})")
-        ready.append(_prepare(workload, device, report))
+        ready.append(_prepare(workload, device, report, build))
     calls = [max(1, round(seconds_a_round / runner.seconds(2))) for runner, _, _ in ready]
     times: list[list[float]] = [[] for _ in ready]
     for turn in range(rounds):
@@ -210,7 +218,6 @@ def environment(device: torch.device | str) -> dict[str, str]:
         "torch": torch.__version__,
         "commit": os.environ.get("VMAMBA_COMMIT", commit),
         "tf32": str(torch.backends.cuda.matmul.allow_tf32) if on_gpu else "",
-        "memory_format": "channels_last",
     }
 
 
@@ -221,9 +228,12 @@ def rows(measurements: Iterable[Measurement], device: torch.device | str) -> lis
     for m in measurements:
         workload = asdict(m.workload)
         height, width = workload.pop("img_size")
+        memory_format = workload.pop("memory_format")
         measured = {f.name: getattr(m, f.name) for f in fields(m) if f.name != "workload"}
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in measured.items()}
-        result.append({**workload, "height": height, "width": width, **rounded, **facts})
+        result.append(
+            {**workload, "height": height, "width": width, **rounded, **facts, "memory_format": memory_format}
+        )
     return result
 
 
@@ -236,7 +246,7 @@ def write_csv(path: Path, table: Sequence[dict[str, Any]]) -> None:
 
 
 def _prepare(
-    workload: Workload, device: torch.device, report: Callable[[str], None]
+    workload: Workload, device: torch.device, report: Callable[[str], None], build: Build
 ) -> tuple[Runner, float | None, float]:
     """Build, compile and warm a workload up, at half the batch as often as memory asks for it."""
     while True:
@@ -244,7 +254,7 @@ def _prepare(
             before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            runner = Runner(workload, device)
+            runner = Runner(workload, device, build)
             first = runner.seconds(1)
             runner.seconds(2)
             if device.type != "cuda":

@@ -1,0 +1,83 @@
+"""Measure the paper's acceleration ladder and resolution scaling on this GPU; write CSV files into a folder.
+
+    python benchmarks/paper_analyses.py                  # into benchmarks/results
+    python benchmarks/paper_analyses.py --only ladder --output somewhere
+
+First every step of the ladder is checked against the plain model: a wrong step has no speed.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from vmamba.analysis.ladder import LADDER, StepSS2D, build_step, ladder_table, measure_ladder, reversals
+from vmamba.analysis.scaling import SIZES, measure_scaling, scaling_table
+from vmamba.analysis.throughput import write_csv
+
+PEERS = ("vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "deit_small_patch16_224")
+START = time.perf_counter()
+
+
+def say(line: str) -> None:
+    print(f"[{time.perf_counter() - START:6.1f} s] {line}", flush=True)
+
+
+def check() -> None:
+    """Compare every step, forward and backward, with the model whose SS2D it carries out."""
+    for step in LADDER:
+        if step.implementation is None:
+            continue
+        torch.manual_seed(0)
+        model = build_step(step, depths=(1, 1), dims=(32, 64), drop_path_rate=0.0).cuda().train()
+        images = torch.randn(2, 3, 64, 96, device="cuda")
+        results = []
+        for _ in range(2):
+            model.zero_grad()
+            logits = model(images)
+            logits.square().mean().backward()
+            results.append((logits.detach(), model.patch_embed[0].weight.grad.clone()))
+            for block in (block for stage in model.layers for block in stage.blocks):
+                if isinstance(block.op, StepSS2D):
+                    block.op = block.op.op
+        for got, expected in zip(*results, strict=True):
+            error = ((got - expected).norm() / expected.norm()).item()
+            if not error < 1e-3:
+                raise SystemExit(f"{step.label} differs from the model by {error:.1e}")
+    say("every step agrees with the model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("ladder", "scaling"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.25, help="a turn of a model lasts about this long")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device is here; these figures are measured on one")
+    pace = {"rounds": arguments.rounds, "seconds_a_round": arguments.seconds, "report": say}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.only != "scaling":
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            check()
+    torch.set_float32_matmul_precision("high")
+    if arguments.only != "scaling":
+        rows = measure_ladder("cuda", **pace)
+        write_csv(arguments.output / "ladder.csv", ladder_table(rows, "cuda"))
+        for row in rows:
+            speeds = " ".join(f"{mode} {speed or 0:8.1f}" for mode, speed in row.measured.items())
+            print(f"{row.step.label:15} {row.gflops:.2f} G {speeds} {row.reason or ''}", flush=True)
+        for mode in ("inference", "training"):
+            print(f"{mode}: the paper's order of neighbours is reversed for {reversals(rows, mode) or 'none'}")
+    if arguments.only != "ladder":
+        scaling = measure_scaling(PEERS, SIZES, "cuda", **pace)
+        write_csv(arguments.output / "scaling.csv", scaling_table(scaling, "cuda"))
+        for found in scaling:
+            assert found.speed is not None
+            print(f"{found.model:30} {found.size:5} {found.speed.images_per_second:8.1f} images/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
