@@ -60,8 +60,9 @@ def main() -> None:
     pace = {"rounds": arguments.rounds, "seconds_a_round": arguments.seconds, "report": say}
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.only != "scaling":
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            check()
+        torch.backends.cudnn.allow_tf32 = False
+        check()
+        torch.backends.cudnn.allow_tf32 = True
     torch.set_float32_matmul_precision("high")
     if arguments.only != "scaling":
         rows = measure_ladder("cuda", **pace)

@@ -5,7 +5,8 @@ module `StepSS2D`, made of the package's operations; it takes the place of a mod
 last rows are the model of the last step as this package runs it, fused.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
@@ -259,7 +260,7 @@ def measure_ladder(
             )
             for label, step in runnable.items()
         ]
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        with _cudnn_benchmark():
             measured = measure(
                 workloads,
                 device,
@@ -273,6 +274,16 @@ def measure_ladder(
         replace(row, **{mode: found.get(row.step.label) for mode, found in speeds.items()})  # type: ignore[arg-type]
         for row in ladder
     ]
+
+
+@contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _why_not(step: Step, device: torch.device) -> str | None:
