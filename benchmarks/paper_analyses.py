@@ -1,18 +1,18 @@
 """Measure the paper's acceleration ladder and resolution scaling on this GPU; write CSV files into a folder.
 
-    python benchmarks/paper_analyses.py                  # into benchmarks/results
-    python benchmarks/paper_analyses.py --only ladder --output somewhere
-
-First every step of the ladder is checked against the plain model: a wrong step has no speed.
+python benchmarks/paper_analyses.py                  # into benchmarks/results
+python benchmarks/paper_analyses.py --only ladder --output somewhere
+python benchmarks/paper_analyses.py --only check     # that every step of the ladder computes what the model does
 """
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from vmamba.analysis.ladder import LADDER, StepSS2D, build_step, ladder_table, measure_ladder, reversals
+from vmamba.analysis.ladder import LADDER, LadderRow, StepSS2D, build_step, ladder_table, measure_ladder, reversals
 from vmamba.analysis.scaling import SIZES, measure_scaling, scaling_table
 from vmamba.analysis.throughput import write_csv
 
@@ -48,9 +48,17 @@ def check() -> None:
     say("every step agrees with the model")
 
 
+def show(rows: list[LadderRow]) -> None:
+    for row in rows:
+        speeds = " ".join(f"{mode} {speed or 0:8.1f}" for mode, speed in row.measured.items())
+        print(f"{row.step.label:15} {row.gflops:.2f} G {speeds} {row.reason or ''}", flush=True)
+    for mode in ("inference", "training"):
+        print(f"{mode}: the paper's order of neighbours is reversed for {reversals(rows, mode) or 'none'}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("ladder", "scaling"))
+    parser.add_argument("--only", choices=("check", "ladder", "scaling"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.25, help="a turn of a model lasts about this long")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
@@ -59,20 +67,20 @@ def main() -> None:
         parser.error("no CUDA device is here; these figures are measured on one")
     pace = {"rounds": arguments.rounds, "seconds_a_round": arguments.seconds, "report": say}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    if arguments.only != "scaling":
+    if arguments.only in (None, "check"):  # a wrong step has no speed
         torch.backends.cudnn.allow_tf32 = False
         check()
         torch.backends.cudnn.allow_tf32 = True
     torch.set_float32_matmul_precision("high")
-    if arguments.only != "scaling":
-        rows = measure_ladder("cuda", **pace)
+    if arguments.only in (None, "ladder"):
+        inference = measure_ladder("cuda", modes=["inference"], **pace)
+        write_csv(arguments.output / "ladder.csv", ladder_table(inference, "cuda"))
+        show(inference)
+        training = measure_ladder("cuda", modes=["training"], **pace)
+        rows = [replace(row, training=other.training) for row, other in zip(inference, training, strict=True)]
         write_csv(arguments.output / "ladder.csv", ladder_table(rows, "cuda"))
-        for row in rows:
-            speeds = " ".join(f"{mode} {speed or 0:8.1f}" for mode, speed in row.measured.items())
-            print(f"{row.step.label:15} {row.gflops:.2f} G {speeds} {row.reason or ''}", flush=True)
-        for mode in ("inference", "training"):
-            print(f"{mode}: the paper's order of neighbours is reversed for {reversals(rows, mode) or 'none'}")
-    if arguments.only != "ladder":
+        show(rows)
+    if arguments.only in (None, "scaling"):
         scaling = measure_scaling(PEERS, SIZES, "cuda", **pace)
         write_csv(arguments.output / "scaling.csv", scaling_table(scaling, "cuda"))
         for found in scaling:
