@@ -1,8 +1,7 @@
 """Measure the paper's acceleration ladder and resolution scaling on this GPU; write CSV files into a folder.
 
-python benchmarks/paper_analyses.py                  # into benchmarks/results
-python benchmarks/paper_analyses.py --only ladder --output somewhere
-python benchmarks/paper_analyses.py --only check     # that every step of the ladder computes what the model does
+Every figure, into benchmarks/results: `python benchmarks/paper_analyses.py`; one of them, elsewhere: `--only ladder
+--output FOLDER`; that every step of the ladder computes what the model does: `--only check`.
 """
 
 import argparse
