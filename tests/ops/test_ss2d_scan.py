@@ -101,22 +101,23 @@ def test_work_in_slabs_gives_the_same(ss2d_inputs, run, relative_error, monkeypa
     compare([whole, run(ss2d_scan, inputs, height=4, width=4)], relative_error, 1e-14)
 
 
+@pytest.mark.parametrize("backend", ["chunked", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("N", [1, 4])
 @pytest.mark.parametrize(("height", "width"), [(9, 9), (6, 14)])
-def test_accuracy_in_lower_precision(ss2d_inputs, run, assert_accurate, dtype, N, height, width):
+def test_accuracy_in_lower_precision(ss2d_inputs, run, assert_accurate, backend, dtype, N, height, width):
     inputs = ss2d_inputs(2, height, width, 8, N, 3, dtype=dtype)
     options = {"height": height, "width": width}
     same = run(ss2d_scan, inputs, backend="reference", **options)
     exact = run(ss2d_scan, [t.double() for t in inputs], backend="reference", **options)
-    actual = run(ss2d_scan, inputs, backend="chunked", **options)
+    actual = run(ss2d_scan, inputs, backend=backend, **options)
     assert actual.y.dtype == torch.float32
     assert_accurate(actual.y, same.y, exact.y)
     for name, *grads in zip(NAMES, actual.grads, same.grads, exact.grads, strict=True):
         assert_accurate(*grads, name)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
 def test_out_dtype_rounds_the_float32_result_once(ss2d_inputs, backend):
     inputs = ss2d_inputs(2, 5, 5, 4, 1, 2, dtype=torch.bfloat16)
     full = ss2d_scan(*inputs, height=5, width=5, backend=backend)
@@ -144,12 +145,12 @@ def test_unwritten_memory_does_not_show(ss2d_inputs, run, nan_filled_memory, hei
     assert all(torch.isfinite(grad).all() for grad in result.grads)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "cpu"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("size", [(5, 5), (4, 6)])
 def test_non_finite_values_keep_to_their_channel_and_image(ss2d_inputs, backend, bad, size):
     height, width = size
-    inputs = ss2d_inputs(2, height, width, 4, 2, 2)
+    inputs = ss2d_inputs(2, height, width, 4, 2, 2, dtype=torch.float32)
     clean = ss2d_scan(*inputs, height=height, width=width, backend=backend)
     inputs[0][1, 7, 2] = bad
     y = ss2d_scan(*inputs, height=height, width=width, backend=backend)

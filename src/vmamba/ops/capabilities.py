@@ -8,15 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# In the order in which "auto" asks them on a GPU. Elsewhere it takes "chunked". "reference" is asked for by name only.
+# In the order in which "auto" asks them. "reference" is asked for by name only.
 BACKEND_MODULES: dict[str, dict[str, str]] = {
     "selective_scan": {"triton": "vmamba.ops.s6.triton_kernels", "chunked": "vmamba.ops.s6.chunked"},
     "ss2d_scan": {
         "cuda": "vmamba.ops.ss2d.cuda_kernels",
         "triton": "vmamba.ops.ss2d.triton_kernels",
+        "cpu": "vmamba.ops.ss2d.cpu_kernels",
         "chunked": "vmamba.ops.ss2d.chunked",
     },
 }
+
+
+_OFF_THE_GPU = ("cpu", "chunked")  # what "auto" asks there: the others would be imported only to refuse
 
 
 class BackendRow(NamedTuple):
@@ -64,7 +68,7 @@ def select_backend(op: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
     Raises:
         ValueError: When the backend asked for cannot run, with its reason.
     """
-    candidates = list(BACKEND_MODULES[op]) if args[0].is_cuda else ["chunked"]
+    candidates = [name for name in BACKEND_MODULES[op] if args[0].is_cuda or name in _OFF_THE_GPU]
     if backend != "auto":
         candidates = [backend]
     chosen: ModuleType | str = ""

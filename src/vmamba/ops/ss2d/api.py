@@ -47,7 +47,7 @@ def ss2d_scan(
         flip_back: False adds reversed lines in the order they were read, as the published cascade does. Only for the
             routes "rows" and "columns".
         out_dtype: Of the result, rounded once; by default float64 for float64 inputs and float32 for all others.
-        backend: "auto", or one of "cuda", "triton", "chunked", "reference", which never falls back to another.
+        backend: "auto", or one of "cuda", "triton", "cpu", "chunked", "reference", which never falls back to another.
 
     Returns:
         (B, L, E), the merged map.
