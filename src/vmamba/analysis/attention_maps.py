@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmamba.models.vmamba import VMamba
+from vmamba.ops import selective_scan
 from vmamba.ops.routes import get_routes, route_index
 
 Mode = Literal["attention", "similarity", "decay", "influence"]
@@ -222,18 +223,36 @@ def scan_from_maps(record: ScanRecord, mode: Mode = "attention", *, max_elements
     Returns:
         (K, E, L), the output of every route; their sum is the merged output.
     """
-    outputs = torch.zeros_like(record.delta)
-    for route in range(record.route_count):
-        values = route_values(record, route, mode)
-        for channels, queries, maps in _chunks(record, route, mode, max_elements):
-            outputs[route, channels, queries] = torch.einsum("eqs,es->eq", maps, values[channels])
+    outputs = torch.stack([_apply(record, k, mode, max_elements) for k in range(record.route_count)])
     return outputs if mode == "influence" else outputs + record.D[..., None] * record.u
 
 
-def exactness(record: ScanRecord, mode: Mode = "attention", *, max_elements: int = 2**18) -> float:
-    """Return how far the maps' output is from the scan's, relative to its norm."""
-    merged = scan_from_maps(record, mode, max_elements=max_elements).sum(0)
-    return float((merged - record.output).norm() / record.output.norm())
+def _apply(record: ScanRecord, route: int, mode: Mode, max_elements: int) -> Tensor:
+    """Weigh the values of a route by its maps, (E, L)."""
+    values = route_values(record, route, mode)
+    output = torch.zeros_like(values)
+    for channels, queries, maps in _chunks(record, route, mode, max_elements):
+        output[channels, queries] = torch.einsum("eqs,es->eq", maps, values[channels])
+    return output
+
+
+def exactness(record: ScanRecord, *, max_elements: int = 2**18) -> float:
+    """Return how far the maps' output is from the scan's: the worst of all routes and merged, relative to its norm.
+
+    The skip connection, D ⊙ u, is left out of both, or it would hide the rest where the state says little.
+    """
+    orders = [record.order(k) for k in range(record.route_count)]
+    u = torch.cat([record.u[:, order] for order in orders])
+    delta = torch.cat([record.delta[k][:, order] for k, order in enumerate(orders)])
+    Bs, Cs = (torch.stack([t[k][:, order] for k, order in enumerate(orders)]) for t in (record.B, record.C))
+    scanned = selective_scan(u[None], delta[None], record.A.flatten(0, 1), Bs[None], Cs[None])
+    exact = torch.zeros_like(record.delta)
+    for k, order in enumerate(orders):
+        exact[k][:, order] = scanned[0].view(exact.shape)[k]
+    ours = torch.stack([_apply(record, k, "attention", max_elements) for k in range(record.route_count)])
+    pairs = [*zip(ours, exact, strict=True), (ours.sum(0), exact.sum(0))]
+    tiny = torch.finfo(exact.dtype).tiny
+    return max(float((mine - theirs).norm() / theirs.norm().clamp_min(tiny)) for mine, theirs in pairs)
 
 
 def attention_map(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba.analysis.flops import count_flops
+from vmamba.analysis.flops import Convention, count_flops
 from vmamba.analysis.throughput import (
     CompileMode,
     Measurement,
@@ -29,6 +30,7 @@ from vmamba.analysis.throughput import (
 from vmamba.models.vmamba import VMamba
 
 if TYPE_CHECKING:  # counting and timing need no reader of images
+    from vmamba.data.shards import ShardSet
     from vmamba.data.sources import ImageSet
     from vmamba.data.transforms import Preprocessing
 
@@ -58,12 +60,15 @@ class ScalingRow:
     top1_tuned: float | None = None
 
 
-def count_scaling(models: Sequence[str], sizes: Sequence[int] = SIZES) -> list[ScalingRow]:
+def count_scaling(
+    models: Sequence[str], sizes: Sequence[int] = SIZES, *, convention: Convention = "authors"
+) -> list[ScalingRow]:
     """Give parameters and FLOPs of models at each size, without running one.
 
     Args:
         models: names that vmamba or timm knows.
         sizes: sides of square images, pixels.
+        convention: see `count_flops`.
 
     Returns:
         Rows by size, then by model.
@@ -74,10 +79,11 @@ def count_scaling(models: Sequence[str], sizes: Sequence[int] = SIZES) -> list[S
     rows = []
     for size in sizes:
         for name in models:
-            with torch.device("meta"):
-                model = _made_for(name, size)
+            with torch.device("meta"), _fitting(name, size):
+                model = load_model(name, (size, size))
+                count = count_flops(model, (size, size), convention=convention)
             params = sum(p.numel() for p in model.parameters())
-            rows.append(ScalingRow(name, size, params, count_flops(model, (size, size)).total / 1e9))
+            rows.append(ScalingRow(name, size, params, count.total / 1e9))
     return rows
 
 
@@ -128,18 +134,21 @@ def measure_scaling(
     return rows
 
 
-def _made_for(name: str, size: int) -> nn.Module:
+@contextmanager
+def _fitting(name: str, size: int) -> Iterator[None]:
+    """Say in a sentence which model and size do not go together."""
     try:
-        return load_model(name, (size, size))
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"{name} cannot be made for {size}×{size} pixels: {str(error).splitlines()[0]}") from None
+        yield
+    except (AssertionError, RuntimeError, ZeroDivisionError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{name} cannot take images of {size}×{size} pixels: {reason}") from None
 
 
 def accuracy_by_size(
     model: VMamba,
     preprocessing: Preprocessing,
-    train: ImageSet | None,
-    held_out: ImageSet,
+    train: ImageSet | ShardSet | None,
+    held_out: ImageSet | ShardSet,
     classes: Sequence[str],
     sizes: Sequence[int],
     *,
@@ -175,7 +184,7 @@ def accuracy_by_size(
         report(f"accuracy at {size} pixels")
         transform = replace(preprocessing, img_size=size).transform()
 
-        def features(images: ImageSet, transform: Any = transform) -> tuple[Tensor, Tensor]:
+        def features(images: ImageSet | ShardSet, transform: Any = transform) -> tuple[Tensor, Tensor]:
             return _pooled_features(model, images, transform, batch_size, workers)
 
         seen, targets = features(held_out)
@@ -215,7 +224,7 @@ def tune_head(head: nn.Module, features: Tensor, targets: Tensor, *, epochs: int
 
 @torch.no_grad()
 def _pooled_features(
-    model: VMamba, images: ImageSet, transform: Any, batch_size: int, workers: int
+    model: VMamba, images: ImageSet | ShardSet, transform: Any, batch_size: int, workers: int
 ) -> tuple[Tensor, Tensor]:
     """Give the pooled features (images, D) and targets of the images that can be read."""
     from vmamba.data.loaders import evaluation_loader

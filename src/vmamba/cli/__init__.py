@@ -15,6 +15,7 @@ COMMANDS = {
     "predict": "say what is in image files",
     "models": "list the variants with parameters, FLOPs and published accuracy",
     "benchmark": "time models against each other: throughput, latency, memory",
+    "analyze": "FLOPs, the paper's ladder, scaling, receptive fields, attention maps, routes",
     "doctor": "show versions, devices and which backends can run here",
     "convert": "turn weights of any origin into safetensors, or into the published layout",
 }
