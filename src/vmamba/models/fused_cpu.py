@@ -1,0 +1,159 @@
+"""A VMamba for float32 inference on the CPU: weights in the order that oneDNN computes in, GELU inside its products.
+
+In eager mode torch hands the weights of a layer to its library as they are stored, and they are rearranged at every
+call. Here that is done once. All else is the model as it was, so its methods stay, and every configuration is taken.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmamba.models.layers import Mlp
+from vmamba.models.ss2d import SS2D
+from vmamba.models.vmamba import VMamba
+from vmamba.ops import ss2d_scan
+
+_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")
+
+
+class PackedLinear(nn.Module):
+    """A linear layer, optionally followed by GELU, in an order of this processor: nothing to save, move or cast."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.epilogue: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        self.bias = None if bias is None else bias.detach().clone()
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        raise ValueError("a model fused for the CPU has no weights to save; save the model it was made from")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        kept = fn(torch.empty(0))
+        if kept.dtype != torch.float32 or kept.device.type != "cpu":
+            raise ValueError(
+                f"a model fused for the CPU stays float32 there; take the one it was made from to {kept.dtype} on"
+                f" {kept.device}"
+            )
+        return super()._apply(fn, recurse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.epilogue)
+        return y
+
+    def extra_repr(self) -> str:
+        """Tell the sizes and what follows."""
+        return f"{self.in_features}, {self.out_features}, followed by {self.epilogue[0]}"
+
+
+class FusedMlp(nn.Module):
+    """The feed-forward branch fc1 → GELU → fc2."""
+
+    def __init__(self, mlp: Mlp) -> None:
+        super().__init__()
+        self.fc1 = PackedLinear(mlp.fc1.weight, mlp.fc1.bias, gelu=True)
+        self.fc2 = PackedLinear(mlp.fc2.weight, mlp.fc2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        y: Tensor = self.fc2(self.fc1(x))
+        return y
+
+
+class FusedSS2D(nn.Module):
+    """SS2D over whole-map routes, with what depends on weights alone computed beforehand."""
+
+    def __init__(self, op: SS2D) -> None:
+        super().__init__()
+        self.gated, self.routes, self.backend = op.gated, op.routes, op.backend
+        self.in_proj = PackedLinear(op.in_proj.weight)
+        self.conv2d, self.act, self.gate_act = op.conv2d, op.act, op.gate_act
+        self.x_proj = PackedLinear(op.x_proj_weight.flatten(0, 1))
+        A, D, dt_bias = (t.detach().clone() for t in op._scan_parameters())
+        self.parameters_of_scan = (op.dt_projs_weight.detach().clone(), dt_bias, A, D)
+        self.out_norm, self.out_act = op.out_norm, op.out_act
+        self.out_proj = PackedLinear(op.out_proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, D) to (B, H, W, D)."""
+        B, H, W, _ = x.shape
+        x = self.in_proj(x)
+        z = None
+        if self.gated:
+            x, z = x.chunk(2, dim=-1)
+            z = self.gate_act(z)
+        if self.conv2d is not None:
+            x = self.conv2d(x)
+        x = self.act(x).reshape(B, H * W, -1)
+        y = ss2d_scan(
+            x, self.x_proj(x), *self.parameters_of_scan, height=H, width=W, routes=self.routes, backend=self.backend
+        )
+        y = self.out_act(self.out_norm(y.view(B, H, W, -1)))
+        if z is not None:
+            y = y * z
+        result: Tensor = self.out_proj(y)
+        return result
+
+
+def unavailable() -> str | None:
+    """Say why `fuse_for_cpu` cannot work here; None if it can."""
+    if not torch.backends.mkldnn.is_available():
+        return "this build of torch comes without oneDNN"
+    missing = [name for name in _OPERATORS if not hasattr(torch.ops.mkldnn, name)]
+    return f"torch {torch.__version__} has no operator mkldnn::{missing[0]}" if missing else None
+
+
+def fuse_for_cpu(model: VMamba) -> VMamba:
+    """Make a copy of a model that infers faster on the CPU; the way back is the model itself, which is left alone.
+
+    The copy gives what the model gives in evaluation mode, within rounding of float32, for images of any size. It
+    cannot be trained, saved, cast, moved or compiled.
+
+    Args:
+        model: in float32, on the CPU; of any configuration.
+
+    Raises:
+        TypeError: for what is not a VMamba.
+        ValueError: for a model elsewhere, in another dtype or already fused, and where torch comes without oneDNN.
+    """
+    if not isinstance(model, VMamba):
+        raise TypeError(f"fuse_for_cpu takes a VMamba, got {type(model).__name__}")
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("fuse_for_cpu: this model is already fused")
+    if (reason := unavailable()) is not None:
+        raise ValueError(f"fuse_for_cpu needs oneDNN's packed weights: {reason}")
+    for name, weight in model.named_parameters():
+        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+            raise ValueError(
+                f"fuse_for_cpu takes a float32 model on the CPU; {name} is {weight.dtype} on {weight.device}"
+            )
+    # Convolutions take weights in channels-last order as they are, or nearly so.
+    fused = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    for part in (fused.patch_embed, fused.layers):
+        _replace(part)
+    return fused
+
+
+def _replace(module: nn.Module) -> None:
+    """Put the packed form in the place of every layer below that has one."""
+    for name, child in module.named_children():
+        packed = _packed_form(child)
+        if packed is None:
+            _replace(child)
+        else:
+            setattr(module, name, packed)
+
+
+def _packed_form(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, SS2D) and module.routes != "cascade2d":
+        return FusedSS2D(module)
+    if isinstance(module, Mlp) and not module.gated and type(module.act) is nn.GELU:
+        return FusedMlp(module)
+    if isinstance(module, nn.Linear):
+        return PackedLinear(module.weight, module.bias)
+    return None

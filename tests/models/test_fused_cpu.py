@@ -1,0 +1,113 @@
+"""The CPU inference form: equal to the model it was made from, for any configuration and size, and one-way."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import vmamba
+from vmamba.models import fused_cpu
+from vmamba.models.fused_cpu import FusedMlp, FusedSS2D, PackedLinear, fuse_for_cpu
+from vmamba.models.vmamba import VMambaBackbone
+
+pytestmark = pytest.mark.skipif(fused_cpu.unavailable() is not None, reason="torch comes without oneDNN here")
+
+CONFIGURATIONS = {
+    "the paper's": {},
+    "vanilla": {"gated": True, "mlp_ratio": 0.0, "d_state": 4, "ssm_ratio": 2.0},
+    "gated mlp": {"gated_mlp": True},
+    "another activation": {"mlp_act": "silu", "ssm_act": "gelu"},
+    "cascade": {"routes": "cascade2d"},
+    "one after the other": {"sequential_routes": True},
+    "other routes and norms": {"routes": "bidi", "out_norm": "cnorm", "norm_layer": "bn", "post_norm": True},
+    "bare": {"out_norm": "none", "d_conv": 0, "out_act": True},
+    "patches": {"stem": "patch", "downsample": "patch_merging", "pos_embed": True, "conv_bias": True},
+    "no head": {"num_classes": 0, "global_pool": ""},
+}
+
+
+def make(**overrides):
+    model = vmamba.create_model("vmamba_test", **overrides).eval()
+    for parameter in model.parameters():  # so that no bias is zero and no norm trivial
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("overrides", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+@torch.no_grad()
+def test_gives_what_the_model_gives(relative_error, overrides):
+    model = make(**overrides)
+    fused = fuse_for_cpu(model)
+    for shape in ((1, 3, 64, 64), (3, 3, 64, 64), (2, 3, 61, 90)):
+        images = torch.randn(shape)
+        assert relative_error(fused(images), model(images)) <= 1e-5
+
+
+@torch.no_grad()
+def test_features_and_backbones_too(relative_error):
+    model, images = make(), torch.randn(2, 3, 64, 96)
+    fused = fuse_for_cpu(model)
+    pairs = [(fused.forward_features(images), model.forward_features(images))]
+    pairs += zip(*(m.forward_intermediates(images, intermediates_only=True) for m in (fused, model)), strict=True)
+    backbone = VMambaBackbone(model.config).eval()
+    pairs += zip(fuse_for_cpu(backbone)(images), backbone(images), strict=True)
+    assert len(pairs) == 9
+    assert all(relative_error(actual, expected) <= 1e-5 for actual, expected in pairs)
+
+
+def test_every_matrix_product_of_the_blocks_is_packed():
+    fused = fuse_for_cpu(make())
+    kinds = [type(module) for module in fused.layers.modules()]
+    assert nn.Linear not in kinds
+    blocks = sum(fused.config.depths)
+    assert (kinds.count(FusedSS2D), kinds.count(FusedMlp)) == (blocks, blocks)
+    assert kinds.count(PackedLinear) == 5 * blocks
+    assert "followed by gelu" in repr(fused)
+
+
+def test_the_model_is_left_alone():
+    model = make().train()
+    before = copy.deepcopy(model.state_dict())
+    fused = fuse_for_cpu(model)
+    assert model.training
+    assert not fused.training
+    with torch.no_grad():
+        fused.patch_embed[0].weight.zero_()
+        fused(torch.randn(1, 3, 64, 64))
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_dropout_of_a_model_in_training_is_left_out(relative_error):
+    model = make(drop_path_rate=0.5, drop_rate=0.5, mlp_drop_rate=0.5, ssm_drop_rate=0.5)
+    images = torch.randn(2, 3, 64, 64)
+    fused = fuse_for_cpu(model.train())
+    with torch.no_grad():
+        assert relative_error(fused(images), model.eval()(images)) <= 1e-5
+
+
+def test_what_it_cannot_do_is_said(monkeypatch):
+    model = make()
+    fused = fuse_for_cpu(model)
+    with pytest.raises(ValueError, match="no weights to save; save the model it was made from"):
+        fused.state_dict()
+    with pytest.raises(
+        ValueError, match=r"stays float32 there; take the one it was made from to torch.bfloat16 on cpu"
+    ):
+        fused.bfloat16()
+    with pytest.raises(ValueError, match=r"take the one it was made from to torch.float32 on meta"):
+        fused.to("meta")
+    with pytest.raises(ValueError, match="already fused"):
+        fuse_for_cpu(fused)
+    with pytest.raises(TypeError, match="fuse_for_cpu takes a VMamba, got Linear"):
+        fuse_for_cpu(nn.Linear(2, 2))
+    with pytest.raises(
+        ValueError, match=r"takes a float32 model on the CPU; patch_embed.0.weight is torch.float64 on cpu"
+    ):
+        fuse_for_cpu(make().double())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs oneDNN's packed weights: this build of torch comes without oneDNN"):
+        fuse_for_cpu(model)
