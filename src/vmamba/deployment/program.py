@@ -1,0 +1,117 @@
+"""A model as a `torch.export` program whose batch, height and width stay open."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as shape_config
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from vmamba.models.ss2d import SS2D
+
+# Neither is 1, which tracing would take for a constant, nor alike, which it would take for one and the same size.
+_EXAMPLE = (2, 96, 128)
+
+
+class Exportable(nn.Module):
+    """A model that takes one tensor and returns a tuple of them, whatever it returned before.
+
+    Args:
+        model: Maps images (B, C, H, W) to a tensor, tensors in a list, tuple or dictionary, or to what transformers
+            returns, whose `logits` or `feature_maps` are taken.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Map images (B, C, H, W) to the outputs."""
+        return tuple(flat_outputs(self.model(images)))
+
+
+class FeatureMaps(nn.Module):
+    """The maps of all stages of a VMamba, each before its downsampling.
+
+    Args:
+        model: A VMamba.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Map images (B, C, H, W) to the maps (B, C_i, H_i, W_i)."""
+        maps: list[Tensor] = self.model.forward_intermediates(images, intermediates_only=True)
+        return maps
+
+
+def flat_outputs(value: Any) -> Iterable[Tensor]:
+    """Yield the tensors that a model returned.
+
+    Raises:
+        TypeError: There is something else among them.
+    """
+    if isinstance(value, Tensor):
+        yield value
+        return
+    for name in ("logits", "feature_maps"):
+        if (found := getattr(value, name, None)) is not None:
+            value = found
+            break
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if not isinstance(value, (list, tuple, dict)):
+        raise TypeError(f"a model to export must return tensors, not {type(value).__name__}")
+    for item in value.values() if isinstance(value, dict) else value:
+        yield from flat_outputs(item)
+
+
+def prepared(model: nn.Module) -> Exportable:
+    """Copy a model into the form that is traced: evaluation, no gradients, the routes of SS2D scanned together."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, SS2D):
+            module.sequential_routes = False  # equal results, and one operator in place of four
+    return Exportable(model)
+
+
+def trace(model: nn.Module, in_chans: int = 3, img_size: tuple[int, int] | None = None) -> ExportedProgram:
+    """Trace a model with `torch.export`, for any batch, height and width.
+
+    Args:
+        model: See Exportable. It is copied, in evaluation mode.
+        in_chans: Channels of the images.
+        img_size: Height and width to fix, for models whose layers depend on them; None leaves both open.
+    """
+    wrapped = prepared(model)
+    weight = next(wrapped.parameters())
+    batch, height, width = (_EXAMPLE[0], *(img_size or _EXAMPLE[1:]))
+    example = torch.zeros(batch, in_chans, height, width, dtype=weight.dtype, device=weight.device)
+    dynamic: dict[int, Any] = {0: Dim.DYNAMIC}
+    if img_size is None:
+        dynamic |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    with warnings.catch_warnings(), shape_config.patch(backed_size_oblivious=True):
+        warnings.simplefilter("ignore")  # torch's own, about its internals
+        program = torch.export.export(wrapped, (example,), dynamic_shapes=(dynamic,))
+    _admit_single(program)
+    return program
+
+
+def _admit_single(program: ExportedProgram) -> None:
+    """Let sizes be 1 again.
+
+    Tracing chooses memory layouts and notes that it took sizes to be above 1 for that. Values do not depend on the
+    layout, so the notes only shut out batches of one image and images below 33 pixels; `verify` runs such ones.
+    """
+    for symbol, values in list(program.range_constraints.items()):
+        program.range_constraints[symbol] = ValueRanges(1, values.upper)
+    program._guards_code = []
