@@ -40,6 +40,7 @@ class Workload:
         compiled: "eager", or the mode of torch.compile.
         mode: a forward pass in evaluation mode, or forward, cross-entropy and backward.
         memory_format: of the images and the convolutions' weights.
+        fused: the inference form that `vmamba.fuse` makes; our models only.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Workload:
     compiled: CompileMode = "default"
     mode: Mode = "inference"
     memory_format: Literal["channels_last", "contiguous"] = "channels_last"
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class Runner:
         cast = workload.precision.removeprefix("autocast-")
         self.autocast_dtype = _DTYPES[cast] if cast != workload.precision else None
         dtype = torch.float32 if self.autocast_dtype else _DTYPES[cast]
-        model = build(workload.model, workload.img_size).to(device=device, dtype=dtype).train(training)
+        model = build(workload.model, workload.img_size).to(device)
+        model = _fused(model, workload, dtype) if workload.fused else model.to(dtype).train(training)
         memory_format = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
         self.model = model.to(memory_format=memory_format[workload.memory_format])
         self.params = sum(p.numel() for p in model.parameters())
@@ -144,6 +147,16 @@ class Runner:
             self.step()
         _synchronise(self.device)
         return (time.perf_counter() - start) / calls
+
+
+def _fused(model: nn.Module, workload: Workload, dtype: torch.dtype) -> nn.Module:
+    from vmamba.models.fused import fuse
+    from vmamba.models.vmamba import VMamba
+
+    if workload.mode == "training" or not isinstance(model, VMamba):
+        what = "a training step" if workload.mode == "training" else workload.model
+        raise ValueError(f"{what} has no fused form: it is for inference with VMamba")
+    return fuse(model, dtype)
 
 
 def measure(
@@ -193,7 +206,7 @@ def compare(measurements: Iterable[Measurement], peer: str) -> list[Measurement]
     measurements = list(measurements)
 
     def conditions(workload: Workload) -> Workload:
-        return replace(workload, model="", batch_size=0)
+        return replace(workload, model="", batch_size=0, fused=False)
 
     speed = {conditions(m.workload): m.images_per_second for m in measurements if m.workload.model == peer}
     return [

@@ -1,0 +1,122 @@
+"""Measure whole models on a GPU beside their peers: inference, training step, latency, size of the image.
+
+    python benchmarks/whole_models.py                            # every figure, appended to results/whole_models.csv
+    python benchmarks/whole_models.py --figures inference training --sizes tiny
+    python benchmarks/whole_models.py --profile vmamba_tiny      # the kernels a batch spends its time in
+
+The models of a row take turns in one process, all compiled, all in the same dtype.
+"""
+
+import argparse
+import csv
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmamba.analysis.throughput import Measurement, Precision, Runner, Workload, compare, measure, rows
+
+RESULTS = Path(__file__).parent / "results" / "whole_models.csv"
+SWIN = "swin_{}_patch4_window7_224"
+FIGURES = ("inference", "training", "latency", "growth", "detection")
+# Constant pixels: batch · side² = 128 · 224².
+GROWTH = ((224, 128), (384, 43), (512, 24), (768, 11), (1024, 6))
+
+
+def rows_of(figure: str, size: str) -> list[tuple[str, list[Workload]]]:
+    """List the rows of a figure: the peer that ratios refer to, and the workloads measured together."""
+    ours, swin = f"vmamba_{size}", SWIN.format(size)
+    trio = [ours, swin, f"convnext_{size}"]
+
+    def row(names: list[str], **conditions: Any) -> tuple[str, list[Workload]]:
+        fused = conditions.get("mode") != "training"
+        workloads = [Workload(name, **conditions, fused=fused and name == ours) for name in names]
+        plain = [Workload(ours, **conditions)] if figure == "inference" else []
+        return swin, plain + workloads
+
+    training: dict[str, Any] = {"precision": "autocast-bfloat16", "mode": "training"}
+    if figure == "inference":
+        return [row(trio)]
+    if figure == "training":
+        return [row(trio, **training)]
+    if figure == "latency":
+        return [row(trio, batch_size=1, compiled="reduce-overhead")]
+    if figure == "growth":
+        return [
+            row([*trio, "deit_small_patch16_224"], img_size=(side, side), batch_size=batch) for side, batch in GROWTH
+        ]
+    return [row(trio, img_size=(800, 1280), batch_size=2, **training)]
+
+
+def show(results: list[Measurement]) -> None:
+    for m in results:
+        w = m.workload
+        height, width = w.img_size
+        print(
+            f"{w.model + (' fused' if w.fused else ''):32} {w.mode:9} {height}x{width} b{w.batch_size:<4}",
+            f"{m.median_ms:9.3f} ms ±{m.spread:.1%} {m.images_per_second:9.1f} img/s {m.peak_memory_mib or 0:8.0f} MiB",
+            f"first call {m.first_call_s:5.1f} s  ratio {m.ratio or 0:.3f}",
+            flush=True,
+        )
+
+
+def append(path: Path, table: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not path.exists()
+    with path.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, list(table[0]))
+        if fresh:
+            writer.writeheader()
+        writer.writerows(table)
+
+
+def profile(workload: Workload) -> None:
+    """Print milliseconds a batch by kernel, the digits in names that number compiled kernels left out."""
+    runner = Runner(workload, torch.device("cuda"))
+    runner.seconds(3)
+    calls = 5
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        runner.seconds(calls)
+    total: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    for event in recorded.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            name = re.sub(r"(_\d+)+$", "", event.name)[:110]
+            total[name] += event.device_time / calls / 1e3
+            count[name] += 1
+    print(f"{workload}: {sum(total.values()):.3f} ms of kernels a batch")
+    for name, ms in total.most_common(45):
+        print(f"  {ms:8.4f} ms {count[name] / calls:6.1f} x  {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--figures", nargs="+", choices=FIGURES, default=FIGURES)
+    parser.add_argument("--sizes", nargs="+", choices=("tiny", "small", "base"), default=["tiny", "small", "base"])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--profile", nargs="+", metavar="MODEL", help="kernels of these models, nothing else")
+    parser.add_argument("--fused", action="store_true", help="profile the fused form")
+    parser.add_argument("--mode", choices=("inference", "training"), default="inference", help="of --profile")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device is here; these figures are measured on one")
+    torch.set_float32_matmul_precision("high")
+    precision: Precision = "bfloat16" if arguments.mode == "inference" else "autocast-bfloat16"
+    for name in arguments.profile or ():
+        profile(Workload(name, mode=arguments.mode, precision=precision, fused=arguments.fused))
+    if arguments.profile:
+        return
+    for figure in arguments.figures:
+        for size in arguments.sizes if figure in ("inference", "training") else ["tiny"]:
+            for peer, workloads in rows_of(figure, size):
+                torch._dynamo.reset()
+                results = compare(measure(workloads, "cuda", rounds=arguments.rounds), peer)
+                show(results)
+                append(arguments.output, [{"figure": figure, **row} for row in rows(results, "cuda")])
+
+
+if __name__ == "__main__":
+    main()
