@@ -8,17 +8,19 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from several_processes import quiet
 
 from vmamba.data.loaders import evaluation_loader
 from vmamba.data.sources import open_source
 from vmamba.data.transforms import Preprocessing
-from vmamba.models.checkpoint import load_model
+from vmamba.models.checkpoint import CheckpointError, load_model
 from vmamba.tasks.classification import evaluate
-from vmamba.training import engine
-from vmamba.training.checkpointing import load_state
+from vmamba.training import classification, engine
+from vmamba.training.checkpointing import CheckpointFolder, read_checkpoint_folder
 from vmamba.training.engine import TrainingInterruptedError, train
 from vmamba.training.guards import TrainingFailedError
-from vmamba.training.recipe import AugmentationOptions, OptimizerOptions, Recipe
+from vmamba.training.recipe import AugmentationOptions, CheckpointOptions, GuardOptions, OptimizerOptions, Recipe
+from vmamba.training.replay import main, replay
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +43,26 @@ def recipe(data, output, **changes):
     return Recipe(data=str(data), output=str(output), **{**options, "trackers": (), **changes})
 
 
-def quiet():
-    return Console(file=StringIO())
-
-
 def stop_after(monkeypatch, updates):
     """Send this process SIGINT once the given number of updates is made."""
     original, made = engine._update, []
 
-    def counted(run, batch):
+    def counted(run, batches, measured):
         made.append(1)
         if len(made) == updates:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(run, batch)
+        return original(run, batches, measured)
 
     monkeypatch.setattr(engine, "_update", counted)
 
 
 def state_of(folder):
-    position, parts, _ = load_state(folder / "state.pt")
-    return position, parts
+    def refuse(sentence):
+        raise AssertionError(sentence)
+
+    found = CheckpointFolder(folder / "checkpoints").read_newest(refuse)
+    names = [path.stem for path in found.path.glob("*.safetensors") if path.stem != "state"]
+    return found.position, {**found.parts, **{name: found.weights(name) for name in names}}
 
 
 def assert_same(one, other):
@@ -86,7 +88,14 @@ def test_a_run_learns_and_leaves_all_its_files(colours, tmp_path):
     assert result.report.count == 9
     assert result.report.top1 == 1.0
     files = {path.name for path in result.folder.path.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "last.safetensors", "best.safetensors", "state.pt", "curves.png"} <= files
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "last.safetensors",
+        "best.safetensors",
+        "checkpoints",
+        "curves.png",
+    } <= files
     assert list((result.folder.path / "tensorboard").glob("events.out.tfevents.*"))
     epochs = [record for record in result.folder.read_metrics() if record["kind"] == "epoch"]
     assert [record["epoch"] for record in epochs] == [1, 2, 3, 4]
@@ -98,7 +107,7 @@ def test_a_run_learns_and_leaves_all_its_files(colours, tmp_path):
     assert model.config.num_classes == 3
 
 
-@pytest.mark.parametrize(("updates", "ema"), [(2, 0.0), (3, 0.9), (5, 0.9)])
+@pytest.mark.parametrize(("updates", "ema"), [(1, 0.9), (2, 0.0), (3, 0.9), (5, 0.9), (6, 0.9)])
 def test_an_interrupted_run_ends_bit_equal_to_an_unbroken_one(colours, tmp_path, monkeypatch, updates, ema):
     options = {
         "optimizer": OptimizerOptions(ema_decay=ema),
@@ -114,7 +123,7 @@ def test_an_interrupted_run_ends_bit_equal_to_an_unbroken_one(colours, tmp_path,
     resumed = train(recipe(colours, tmp_path / "broken", resume=str(tmp_path / "broken"), **options), quiet())
     (position, parts), (other_position, other_parts) = state_of(tmp_path / "straight"), state_of(tmp_path / "broken")
     assert_same(parts, other_parts)
-    assert (position.updates, position.best_top1) == (other_position.updates, other_position.best_top1)
+    assert (position.updates, position.best) == (other_position.updates, other_position.best)
     assert resumed.report == straight.report
     records = [
         [{k: v for k, v in record.items() if k != "images_per_second"} for record in result.folder.read_metrics()]
@@ -196,17 +205,177 @@ def test_images_that_are_all_damaged_are_an_error(tmp_path):
         (tmp_path / "data" / name).mkdir(parents=True)
         for index in range(4):
             (tmp_path / "data" / name / f"{index}.png").write_bytes(b"no")
-    with pytest.raises(ValueError, match="none of the 6 training images can be read"):
+    with pytest.raises(
+        TrainingFailedError, match="4 of the 4 training images read so far are damaged, more than the 25%"
+    ):
         train(recipe(tmp_path / "data", tmp_path / "run", batch_size=4), quiet())
+    assert len((tmp_path / "run" / "damaged.txt").read_text().splitlines()) == 4
 
 
-def test_a_diverging_run_stops_with_advice(colours, tmp_path, monkeypatch):
-    def explode(logits, targets, label_smoothing):
-        return logits.sum() * float("nan")
+def poison(monkeypatch, updates):
+    """Make the loss of some updates (counted from 0) not a number."""
+    original = classification.classification_loss
+    made = []
 
-    monkeypatch.setattr(engine, "classification_loss", explode)
-    with pytest.raises(TrainingFailedError, match="the loss became nan by step 2 of epoch 1"):
+    def spoiled(logits, targets, label_smoothing):
+        made.append(1)
+        loss = original(logits, targets, label_smoothing)
+        return loss * float("nan") if len(made) - 1 in updates else loss
+
+    monkeypatch.setattr(classification, "classification_loss", spoiled)
+
+
+def test_an_update_whose_loss_is_no_number_changes_nothing(colours, tmp_path, monkeypatch):
+    poison(monkeypatch, {1})
+    options = {
+        "epochs": 1,
+        "optimizer": OptimizerOptions(ema_decay=0.9),
+        "checkpoints": CheckpointOptions(every=1, keep=9),
+    }
+    result = train(recipe(colours, tmp_path / "run", **options), quiet())
+    before, after, later = (
+        read_checkpoint_folder(path) for path in CheckpointFolder(tmp_path / "run" / "checkpoints").paths()
+    )
+    for name in ("model", "ema"):
+        assert_same(before.weights(name), after.weights(name))
+        assert not torch.equal(after.weights(name)["patch_embed.0.weight"], later.weights(name)["patch_embed.0.weight"])
+    assert_same(before.parts["optimizer"]["state"], after.parts["optimizer"]["state"])
+    assert (after.position.skipped, later.position.skipped) == (1, 0)
+    (record,) = [record for record in result.folder.read_metrics() if record["kind"] == "skipped"]
+    assert (record["step"], record["losses"], record["images"]) == (2, ["nan"], 8)
+    assert len(record["dumps"]) == 1
+
+
+def test_a_run_whose_loss_stays_no_number_stops_with_advice_and_saves(colours, tmp_path, monkeypatch):
+    poison(monkeypatch, range(2, 99))
+    console = quiet()
+    with pytest.raises(TrainingFailedError, match="update 5 is not finite, nor were the 2 before it; a smaller"):
+        train(recipe(colours, tmp_path / "run", guards=GuardOptions(nonfinite=3)), console)
+    assert "nothing was changed by it" in console.file.getvalue()
+    position, _ = state_of(tmp_path / "run")
+    assert (position.updates, position.skipped) == (4, 3)
+
+
+def test_a_dump_reproduces_the_update_it_is_of(colours, tmp_path, monkeypatch):
+    """The loss of one image is infinite; computing the update again from the file alone shows it."""
+    options = {"augmentation": AugmentationOptions(policy="photo", mixup=0.5), "epochs": 1}
+    path = tmp_path / "run"
+
+    original = classification.classification_loss
+
+    def infinite(logits, targets, label_smoothing):
+        loss = original(logits, targets, label_smoothing)
+        losses.append(float(loss.detach()))
+        return loss + float("inf")
+
+    losses = []
+    with monkeypatch.context() as patch:
+        patch.setattr(classification, "classification_loss", infinite)
+        train(recipe(colours, path, **options), quiet())
+    first, second, third = sorted((path / "skipped").iterdir())
+    for dump, loss in zip((first, second, third), losses, strict=True):
+        replayed = replay(dump)
+        assert replayed.losses == [loss]  # to the last bit: weights, images, mixup and drop path are the same
+        assert replayed.nonfinite_gradients == []
+        assert len(replayed.record["images"]) == 8
+    assert main([str(second)]) == 0
+
+
+def test_half_precision_is_refused_without_a_gpu_and_fsdp_too(colours, tmp_path):
+    with pytest.raises(ValueError, match="fsdp needs several GPUs"):
+        train(recipe(colours, tmp_path / "run", parallel="fsdp"), quiet())
+
+
+@pytest.mark.parametrize("fits", [2, 0])
+def test_too_large_a_batch_ends_in_advice_that_was_tried(colours, tmp_path, monkeypatch, fits):
+    original = classification.classification_loss
+
+    def limited(logits, targets, label_smoothing):
+        if len(logits) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return original(logits, targets, label_smoothing)
+
+    monkeypatch.setattr(classification, "classification_loss", limited)
+    advice = "2 at once do: --accumulate 4 keeps the batch of 8" if fits else "not even one fits"
+    with pytest.raises(TrainingFailedError, match=rf"8 images at once are too many .*2.00 GiB.*; {advice}"):
         train(recipe(colours, tmp_path / "run"), quiet())
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole(colours, tmp_path):
+    """Without chance, a batch in one part and in four is the same update, but for rounding."""
+    plain = {"augmentation": AugmentationOptions(policy="none"), "model_options": {"drop_path_rate": 0.0}, "epochs": 1}
+    whole = train(recipe(colours, tmp_path / "whole", **plain), quiet())
+    parts = train(recipe(colours, tmp_path / "parts", accumulate=4, **plain), quiet())
+    one, other = (load_model(result.folder.last)[0].state_dict() for result in (whole, parts))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
+    assert parts.report.loss == pytest.approx(whole.report.loss, abs=1e-4)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(colours, tmp_path):
+    with pytest.raises(ValueError, match="--batch_size 8 cannot be divided among 1 processes × 3 parts; 6 can"):
+        train(recipe(colours, tmp_path / "run", accumulate=3), quiet())
+    mixed = AugmentationOptions(mixup=0.5)
+    with pytest.raises(ValueError, match="mixup pairs the images a process computes at once, here 1"):
+        train(recipe(colours, tmp_path / "run", accumulate=8, augmentation=mixed), quiet())
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud(colours, tmp_path):
+    train(recipe(colours, tmp_path / "run", epochs=2), quiet())
+    newest = CheckpointFolder(tmp_path / "run" / "checkpoints").paths()[-1]
+    (newest / "model.safetensors").write_bytes(b"")
+    console = quiet()
+    result = train(recipe(colours, tmp_path / "run", epochs=2, resume=str(tmp_path / "run")), console)
+    said = console.file.getvalue()
+    assert f"{newest} is damaged: model.safetensors" in said
+    assert "going on in epoch 2 after 3 updates" in said
+    assert [r["epoch"] for r in result.folder.read_metrics() if r["kind"] == "epoch"] == [1, 2]
+
+
+def test_resume_auto_starts_or_goes_on(colours, tmp_path):
+    with pytest.raises(ValueError, match="name that folder"):
+        train(Recipe(resume="auto"), quiet())
+    options = {"resume": "auto", "epochs": 1}
+    train(recipe(colours, tmp_path / "run", **options), quiet())
+    console = quiet()
+    train(recipe(colours, tmp_path / "run", **{**options, "epochs": 2}), console)
+    assert "going on in epoch 2" in console.file.getvalue()
+
+
+def test_checkpoints_within_an_epoch_and_for_good(colours, tmp_path):
+    options = CheckpointOptions(every=2, keep=1, keep_epochs=2)
+    train(recipe(colours, tmp_path / "run", epochs=5, checkpoints=options), quiet())
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert sorted(names) == [f"update-{updates:010d}-00" for updates in (6, 12, 15)]
+
+
+def test_a_full_disk_ends_a_run_with_its_old_checkpoint(colours, small_disk, monkeypatch):
+    train(recipe(colours, small_disk / "run", epochs=1), quiet())
+    (small_disk / "other").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - 65536))
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        train(recipe(colours, small_disk / "run", epochs=2, resume=str(small_disk / "run")), quiet())
+    assert state_of(small_disk / "run")[0].epoch == 1
+
+
+def test_only_the_head_is_tuned(colours, tmp_path):
+    first = train(recipe(colours, tmp_path / "first", epochs=1), quiet())
+    options = {
+        "tune": "head",
+        "weights": str(first.folder.last),
+        "img_size": 48,
+        "optimizer": OptimizerOptions(lr=1e-2),
+    }
+    tuned = train(recipe(colours, tmp_path / "tuned", **options), quiet())
+    before, after = (load_model(result.folder.last)[0].state_dict() for result in (first, tuned))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"classifier.head.weight", "classifier.head.bias"}
+    assert load_model(tuned.folder.last)[1]["img_size"] == 48
+
+
+def test_gradient_checkpointing_changes_nothing(colours, tmp_path):
+    plain = train(recipe(colours, tmp_path / "plain", epochs=1), quiet())
+    saving = train(recipe(colours, tmp_path / "saving", epochs=1, gradient_checkpointing=True), quiet())
+    assert saving.report == plain.report
 
 
 def test_weights_of_another_run_are_a_start(colours, tmp_path):
@@ -230,7 +399,7 @@ def test_the_moving_average_is_what_is_evaluated_and_kept(colours, tmp_path):
     result = train(recipe(colours, tmp_path / "run", **options), quiet())
     parts = state_of(tmp_path / "run")[1]
     model, _ = load_model(result.folder.last)
-    averaged = {name.removeprefix("module."): value for name, value in parts["ema"].items()}
+    averaged = parts["ema"]
     assert_same(dict(model.state_dict()), averaged)
     source = open_source(str(colours), 0.25)
     transform = Preprocessing.for_style("photos", 32).transform()
@@ -264,5 +433,5 @@ def test_progress_is_a_live_bar_in_a_terminal(colours, tmp_path):
     console = Console(file=StringIO(), force_terminal=True, width=120)
     train(recipe(colours, tmp_path / "run"), console)
     shown = console.file.getvalue()
-    for part in ("epoch 2/2", "loss", "acc", "img/s", "0:00:0"):
+    for part in ("epoch 2/2", "loss", "top1", "img/s", "wait", "0:00:0"):
         assert part in shown

@@ -1,10 +1,10 @@
-"""`vmamba eval`: accuracy of a model on labelled images."""
+"""`vmamba eval`: accuracy of a model on labelled images; under torchrun, several processes share them."""
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vmamba.cli.arguments import parse
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vmamba.cli.opening import OpenedModel
-    from vmamba.data.sources import ImageSet, Source
+    from vmamba.data.loaders import Share
+    from vmamba.data.sources import ImageSet, ShardSet, Source
     from vmamba.tasks.classification import ClassificationReport
 
 
@@ -24,11 +25,15 @@ class EvalOptions:
     Args:
         checkpoint: Weights file, run folder, Hugging Face Hub id or name of a published variant; by default the
             newest run below runs/.
-        data: digits, fashion-mnist, fashion-mnist:FOLDER or a folder of class folders; by default what the model was
-            trained on.
+        weights: Of a run folder: 'best' or 'last', which are the moving average where the run keeps one; 'ema' or
+            'raw', those of the newest checkpoint.
+        data: digits, fashion-mnist[:FOLDER], wds:SHARDS, hf:FOLDER or a folder of class folders; by default what the
+            model was trained on.
         split: Which images: those held out from training, those trained on, or all.
         held_out: Share held out where the data brings no split of its own; by default as in training.
         img_size: Side of the images in pixels; by default as in training.
+        crop_pct: Share of the resized picture's side that is kept; by default as in training.
+        crop_mode: 'center' keeps the aspect ratio and cuts the rest off; 'squash' keeps all and the ratio not.
         batch_size: Images classified at once.
         device: cpu, cuda, or auto for the best there is.
         workers: Processes that read images; -1 picks by the data.
@@ -38,10 +43,13 @@ class EvalOptions:
     """
 
     checkpoint: str | None = None
+    weights: Literal["best", "last", "ema", "raw"] = "best"
     data: str | None = None
     split: Literal["held-out", "train", "all"] = "held-out"
     held_out: float | None = None
     img_size: int | None = None
+    crop_pct: float | None = None
+    crop_mode: Literal["center", "squash"] | None = None
     batch_size: int = 128
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = -1
@@ -52,6 +60,8 @@ class EvalOptions:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, not {self.batch_size}")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must lie in (0, 1], not {self.crop_pct}")
         if self.held_out is not None and not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie between 0 and 1, not {self.held_out}")
 
@@ -63,14 +73,19 @@ def run(argv: Sequence[str]) -> int:
 
     from vmamba.cli.opening import open_model, to_json, write_text
     from vmamba.data.sources import open_source
+    from vmamba.training.processes import evaluation_group
 
-    opened = open_model(options.checkpoint, options.device, options.img_size)
+    group = evaluation_group(options.device)
+    opened = open_model(_file_of(options), str(group.device), options.img_size)
+    opened = _cropped(opened, options)
     spec = options.data or opened.metadata.get("data") or "digits"
     held_out = options.held_out or opened.metadata.get("held_out") or 0.2
     source = open_source(spec, held_out)
-    images = {"held-out": source.held_out, "train": source.train, "all": source.train.joined(source.held_out)}
     damaged: list[str] = []
-    report = _measure(opened, source, images[options.split], options, damaged)
+    report = _measure(opened, source, _images_of(source, options.split), options, damaged, group.share)
+    damaged = group.collected(damaged)
+    if not group.speaks:
+        return 1 if damaged else 0
     content = {"checkpoint": opened.name, "data": source.spec, "split": options.split, **report.to_dict()}
     text = to_json({**content, "damaged": damaged})
     if options.output:
@@ -90,10 +105,50 @@ def run(argv: Sequence[str]) -> int:
     return 1 if damaged else 0
 
 
+def _file_of(options: EvalOptions) -> str | None:
+    """Return the weights file of a run folder that `weights` names, or what was named as it is."""
+    place = Path(options.checkpoint or "").expanduser()
+    if options.checkpoint is None or not place.is_dir():
+        if options.weights != "best":
+            raise ValueError(
+                f"--weights {options.weights} chooses among those of a run; --checkpoint must be its folder"
+            )
+        return options.checkpoint
+    from vmamba.training.checkpointing import CheckpointFolder
+    from vmamba.training.run_folder import RunFolder
+
+    folder = RunFolder(place)
+    if options.weights in ("best", "last"):
+        path = folder.best if options.weights == "best" and folder.best.is_file() else folder.last
+    else:
+        newest = CheckpointFolder(folder.checkpoints).read_newest(lambda sentence: print(sentence, file=sys.stderr))
+        path = newest.path / ("model.safetensors" if options.weights == "raw" else "ema.safetensors")
+    if not path.is_file():
+        raise FileNotFoundError(f"{place} holds no {path.name}: the run keeps no such weights, or none yet")
+    return str(path)
+
+
+def _cropped(opened: "OpenedModel", options: EvalOptions) -> "OpenedModel":
+    asked = {"crop_pct": options.crop_pct, "crop_mode": options.crop_mode}
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    return replace(opened, preprocessing=replace(opened.preprocessing, **changes))
+
+
+def _images_of(source: "Source", split: str) -> "ImageSet | ShardSet":
+    if split == "all":
+        return source.train.joined(source.held_out)  # type: ignore[arg-type]  # both are of one kind
+    return source.train if split == "train" else source.held_out
+
+
 def _measure(
-    opened: "OpenedModel", source: "Source", images: "ImageSet", options: EvalOptions, damaged: list[str]
+    opened: "OpenedModel",
+    source: "Source",
+    images: "ImageSet | ShardSet",
+    options: EvalOptions,
+    damaged: list[str],
+    share: "Share",
 ) -> "ClassificationReport":
-    from vmamba.data.loaders import evaluation_loader
+    from vmamba.data.loaders import evaluation_loader, guarded
     from vmamba.data.sources import with_labels
     from vmamba.tasks.classification import evaluate
 
@@ -105,10 +160,11 @@ def _measure(
         )
     labels = labels or source.classes
     images = with_labels(images, source.classes, labels)
-    loader = evaluation_loader(images, opened.preprocessing.transform(), options.batch_size, workers=options.workers)
+    transform = opened.preprocessing.transform()
+    loader = evaluation_loader(images, transform, options.batch_size, share=share, workers=options.workers)
 
     def batches() -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
-        for batch in loader:
+        for batch in guarded(loader):
             damaged.extend(batch.damaged)
             yield batch.images.to(opened.device), batch.targets.to(opened.device)
 

@@ -103,23 +103,25 @@ def _draw_predictions(opened: "OpenedModel", source: "Source", path: Path) -> li
     import torch
 
     from vmamba.data.loaders import evaluation_loader
+    from vmamba.data.sources import ImageSet
     from vmamba.training.pictures import draw_predictions
 
-    labels = source.classes
+    labels, images = source.classes, source.held_out
+    assert isinstance(images, ImageSet)  # which digits are
     said: list[int] = []
     shares: list[float] = []
     with torch.inference_mode():
-        for batch in evaluation_loader(source.held_out, opened.preprocessing.transform(), 64):
+        for batch in evaluation_loader(images, opened.preprocessing.transform(), 64):
             best = opened.model(batch.images.to(opened.device)).softmax(1).max(1)
             said += best.indices.tolist()
             shares += best.values.tolist()
-    true = source.held_out.targets.tolist()
+    true = images.targets.tolist()
     wrong = [i for i in range(len(true)) if said[i] != true[i]]
     right = [i for i in range(len(true)) if said[i] == true[i]]
     mistakes = wrong[: _SHOWN // 2]
     shown = mistakes + right[: _SHOWN - len(mistakes)]
     draw_predictions(
-        [source.held_out.read(i) for i in shown],
+        [images.read(i) for i in shown],
         [labels[true[i]] for i in shown],
         [labels[said[i]] for i in shown],
         [shares[i] for i in shown],
@@ -132,12 +134,16 @@ def _draw_predictions(opened: "OpenedModel", source: "Source", path: Path) -> li
 
 def _save_examples(source: "Source", folder: Path) -> list[tuple[str, str]]:
     """Write a held-out image of each class as a file; return paths and true labels."""
+    from vmamba.data.sources import ImageSet
+
+    images = source.held_out
+    assert isinstance(images, ImageSet)  # which digits are
     folder.mkdir(exist_ok=True)
     examples = []
     for target, label in enumerate(source.classes):
-        index = source.held_out.targets.tolist().index(target)
+        index = images.targets.tolist().index(target)
         path = folder / f"a_{label}.png"
-        source.held_out.read(index).save(path)
+        images.read(index).save(path)
         examples.append((str(path), label))
     return examples
 

@@ -17,16 +17,20 @@ def run(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from vmamba.training.engine import TrainingInterruptedError, train
+    from vmamba.training.processes import is_speaker
 
     console = Console()
     try:
         result = train(recipe, console)
     except TrainingInterruptedError as interrupted:
-        print(f"vmamba train: {interrupted}", file=sys.stderr)
+        if is_speaker():
+            print(f"vmamba train: {interrupted}", file=sys.stderr)
         return interrupted.exit_status
+    if not result.is_main:
+        return 0
     report, folder = result.report, result.folder
     lines = [
-        f"{report.top1:.2%} of {report.count:,} held-out images right (best epoch {result.best_top1:.2%}),"
+        f"{report.top1:.2%} of {report.count:,} held-out images right (best epoch {result.best:.2%}),"
         f" in {result.seconds / 60:.1f} minutes",
         f"weights  {folder.best} (best), {folder.last} (last)",
         f"curves   {folder.curves}",
@@ -39,14 +43,26 @@ def run(argv: Sequence[str]) -> int:
 
 
 def with_resumed_recipe(argv: Sequence[str]) -> list[str]:
-    """Put the recipe of the run that `--resume` names before the flags, which may change some of it."""
-    words = list(argv)
-    for position, word in enumerate(words):
+    """Put the recipe of the run that `--resume` names before the flags, which may change some of it.
+
+    `--resume auto` names the run in `--output`, if there is one.
+    """
+    place = _value_of("--resume", argv)
+    automatic = place == "auto"
+    if automatic:
+        place = _value_of("--output", argv)
+    if not place:
+        return list(argv)
+    folder = RunFolder(Path(place).expanduser())
+    if automatic and not folder.config.is_file():
+        return list(argv)
+    folder.read_config()
+    return ["--config", str(folder.config), *argv]
+
+
+def _value_of(flag: str, argv: Sequence[str]) -> str:
+    for position, word in enumerate(argv):
         name, equals, value = word.partition("=")
-        if name == "--resume":
-            value = value if equals else "".join(words[position + 1 : position + 2])
-            if value:
-                folder = RunFolder(Path(value).expanduser())
-                folder.read_config()
-                return ["--config", str(folder.config), *words]
-    return words
+        if name == flag:
+            return value if equals else "".join(argv[position + 1 : position + 2])
+    return ""

@@ -23,18 +23,30 @@ class DamagedImageError(ValueError):
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Decode an image file completely and bring it to 8-bit RGB, upright.
-
-    16-bit and float images are scaled to 8 bits, transparent ones laid on white, CMYK and palettes converted, the EXIF
-    rotation applied.
+    """Decode an image file completely and bring it to 8-bit RGB, upright; see `decode_image`.
 
     Raises:
         DamagedImageError: The file is empty, cut short, too large to be safe or not an image.
         OSError: The file is missing or may not be read.
     """
-    content = Path(path).read_bytes()
+    return decode_image(Path(path).read_bytes(), path)
+
+
+def decode_image(content: bytes, name: str | Path) -> Image.Image:
+    """Decode an encoded image completely and bring it to 8-bit RGB, upright.
+
+    16-bit and float images are scaled to 8 bits, transparent ones laid on white, CMYK and palettes converted, the EXIF
+    rotation applied.
+
+    Args:
+        content: What an image file holds.
+        name: What to call it in an error.
+
+    Raises:
+        DamagedImageError: It is empty, cut short, too large to be safe or not an image.
+    """
     if not content:
-        raise DamagedImageError(path, "the file is empty")
+        raise DamagedImageError(name, "the file is empty")
     with warnings.catch_warnings():
         # Pillow warns about odd metadata of images that it nevertheless decodes.
         warnings.simplefilter("ignore")
@@ -43,12 +55,12 @@ def read_image(path: str | Path) -> Image.Image:
                 image.load()
                 return to_rgb(_upright(image))
         except Image.DecompressionBombError:
-            raise DamagedImageError(path, "more pixels than is safe to decode") from None
+            raise DamagedImageError(name, "more pixels than is safe to decode") from None
         except Image.UnidentifiedImageError:
-            raise DamagedImageError(path, "not an image in a known format") from None
+            raise DamagedImageError(name, "not an image in a known format") from None
         # Decoders meet corrupt data in many ways: OSError, SyntaxError, struct.error, IndexError and more.
         except Exception as error:
-            raise DamagedImageError(path, f"cannot be decoded ({_first_line(error)})") from None
+            raise DamagedImageError(name, f"cannot be decoded ({_first_line(error)})") from None
 
 
 def image_files(folder: str | Path) -> list[str]:

@@ -1,4 +1,8 @@
-"""Batches of tensors from labelled images; damaged ones are left out and named, never fatal."""
+"""Batches of tensors from labelled images; damaged ones are left out and named, never fatal.
+
+Several processes share every batch: each reads its `Share`. What is in a batch is a function of the seed, the epoch and
+the number of the batch, so a run can go on in the middle of an epoch.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,24 @@ import os
 import random
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from vmamba.data.images import DamagedImageError
+from vmamba.data.images import DamagedImageError, decode_image
+from vmamba.data.shards import RawSample, ShardSet, read_samples
 from vmamba.data.sources import ImageSet
 from vmamba.data.transforms import Transform
+
+_SHUFFLED = 2000  # encoded samples a stream holds to draw from
+
+
+class LoaderError(RuntimeError):
+    """The processes that read images have died or hang; the message says which and what may help."""
 
 
 class Draw(NamedTuple):
@@ -24,26 +37,62 @@ class Draw(NamedTuple):
     seed: int
 
 
-class Batch(NamedTuple):
+class Share(NamedTuple):
+    """Which part of every batch this process computes: part `rank` of `processes` equal ones."""
+
+    rank: int = 0
+    processes: int = 1
+
+
+ALONE = Share()
+
+
+@dataclass
+class Batch:
     """What a loader yields.
 
     Attributes:
         images: `(B, 3, H, W)`, normalised.
         targets: `(B,)` class indices.
-        indices: `(B,)` positions in the image set.
-        damaged: Why each image that is missing from the batch could not be read.
+        indices: `(B,)` positions in the image set; in a stream, -1.
+        seeds: `(B,)` seeds of the augmentation.
+        names: What the images are called.
+        damaged: Why each image that could not be read could not.
+        good: Images in the batch that are no stand-ins for damaged ones.
     """
 
     images: torch.Tensor
     targets: torch.Tensor
     indices: torch.Tensor
+    seeds: torch.Tensor
+    names: list[str]
     damaged: list[str]
+    good: int
+
+    def __len__(self) -> int:
+        return self.good
+
+    def first(self, number: int) -> Batch:
+        """Return the first images of the batch."""
+        parts = {name: getattr(self, name)[:number] for name in ("images", "targets", "indices", "seeds", "names")}
+        return replace(self, **parts, good=min(self.good, number))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, as DataLoader asks for."""
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with images and targets on a device."""
+        images = self.images.to(device, non_blocking=True)
+        return replace(self, images=images, targets=self.targets.to(device, non_blocking=True))
 
 
 class _Sample(NamedTuple):
     image: torch.Tensor | None
     target: int
     position: int
+    seed: int
+    name: str
     problem: str
 
 
@@ -62,76 +111,266 @@ class ImageDataset(Dataset[_Sample]):
         return len(self.images)
 
     def __getitem__(self, key: int | Draw) -> _Sample:
-        position = key.position if isinstance(key, Draw) else key
-        target = int(self.images.targets[position])
+        position, seed = key if isinstance(key, Draw) else (key, -1)
+        target, name = int(self.images.targets[position]), self.images.names[position]
         try:
             picture = self.images.read(position)
         except DamagedImageError as error:
-            return _Sample(None, target, position, str(error))
+            return _Sample(None, target, position, seed, name, str(error))
         except OSError as error:
-            return _Sample(None, target, position, f"{self.images.names[position]}: {error.strerror or error}")
-        if isinstance(key, Draw):
-            with _Seeded(key.seed):
-                return _Sample(self.transform(picture), target, position, "")
-        return _Sample(self.transform(picture), target, position, "")
+            return _Sample(None, target, position, seed, name, f"{name}: {error.strerror or error}")
+        return _Sample(_transformed(picture, self.transform, seed), target, position, seed, name, "")
 
 
-class EpochSampler(Sampler[Draw]):
-    """A new random order every epoch, a function of seed and epoch alone, which can start in its middle."""
+class EpochSampler(Sampler[list[Draw]]):
+    """A new random order every epoch, a function of seed and epoch alone, cut into the parts one process computes.
 
-    def __init__(self, length: int, seed: int):
-        self.length = length
-        self.seed = seed
-        self.epoch = 0
-        self.first = 0
+    Args:
+        length: Images in the set; where they are fewer than a batch, they come more than once in it.
+        batch_size: Images in a batch of all processes.
+        seed: Seed of the order.
+        share: The part of each batch to yield.
+        parts: Pieces this process's share of a batch is cut into.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, share: Share = ALONE, parts: int = 1):
+        self.length, self.batch_size, self.seed, self.share, self.parts = length, batch_size, seed, share, parts
+        self.steps = max(length // batch_size, 1)
+        self.epoch = self.first = 0
 
     def start(self, epoch: int, first: int = 0) -> None:
-        """Choose the epoch whose order comes next, and how many of its images to pass over."""
+        """Choose the epoch whose order comes next, and how many of its batches to pass over."""
         self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
-        return max(self.length - self.first, 0)
+        return max(self.steps - self.first, 0) * self.parts
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         generator = np.random.default_rng([self.seed, self.epoch])
-        order = generator.permutation(self.length)
-        seeds = generator.integers(2**31, size=self.length)
-        for position, seed in zip(order[self.first :], seeds[self.first :], strict=True):
-            yield Draw(int(position), int(seed))
+        order = np.resize(generator.permutation(self.length), self.steps * self.batch_size)
+        seeds = generator.integers(2**31, size=len(order))
+        share = self.batch_size // self.share.processes
+        piece = share // self.parts
+        for step in range(self.first, self.steps):
+            mine = step * self.batch_size + self.share.rank * share
+            for start in range(mine, mine + share, piece):
+                chosen = slice(start, start + piece)
+                yield [Draw(int(p), int(s)) for p, s in zip(order[chosen], seeds[chosen], strict=True)]
+
+
+class ShardStream(IterableDataset[_Sample]):
+    """Samples of shards as a stream, divided among processes and their readers by whole shards.
+
+    Training streams have no end: a reader that has come to the end of its shards starts over, so that all give as many
+    samples. Evaluation streams give every sample once.
+
+    Args:
+        images: The shards.
+        transform: From pictures to tensors.
+        share: Which process this is.
+        seed: Seed of the order; None gives every sample once, in order.
+        piece: Samples in a batch the reader makes, for going on in the middle.
+    """
+
+    def __init__(
+        self, images: ShardSet, transform: Transform, share: Share, seed: int | None = None, piece: int = 1
+    ) -> None:
+        self.images, self.transform, self.share, self.seed, self.piece = images, transform, share, seed, piece
+        self.epoch = self.done = 0
+
+    def start(self, epoch: int, done: int) -> None:
+        """Choose the epoch, and how many batches of this process to pass over."""
+        self.epoch, self.done = epoch, done
+
+    def __iter__(self) -> Iterator[_Sample]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if self.seed is None:
+            reader = self.share.rank * workers + worker
+            mine = self.images.shards[reader :: self.share.processes * workers]
+            for raw in read_samples(self.images, mine):
+                yield self._decoded(raw, -1)
+            return
+        # DataLoader asks its first worker first; the one whose turn it is takes that one's place.
+        worker = (worker + self.done) % workers
+        reader = self.share.rank * workers + worker
+        skipped = len(range(worker, self.done, workers)) * self.piece
+        seeds = np.random.default_rng([self.seed, self.epoch, reader])
+        for number, raw in enumerate(self._endless(reader, self.share.processes * workers)):
+            seed = int(seeds.integers(2**31))
+            if number >= skipped:
+                yield self._decoded(raw, seed)
+
+    def _endless(self, reader: int, readers: int) -> Iterator[RawSample]:
+        from webdataset import shuffle
+
+        for turn in range(2**31):
+            order = np.random.default_rng([self.seed or 0, self.epoch, turn]).permutation(len(self.images.shards))
+            mine = [self.images.shards[i] for i in order[reader::readers]]
+            chance = random.Random(f"{self.seed} {self.epoch} {turn} {reader}")
+            good = 0
+            for raw in shuffle(_SHUFFLED, initial=_SHUFFLED, rng=chance)(iter(read_samples(self.images, mine))):
+                good += not raw.problem
+                yield raw
+            if not good:
+                raise LoaderError(f"none of the samples in {', '.join(mine[:3])} can be read")
+
+    def _decoded(self, raw: RawSample, seed: int) -> _Sample:
+        problem = raw.problem
+        if not problem:
+            try:
+                picture = decode_image(raw.content, raw.name)
+                return _Sample(_transformed(picture, self.transform, seed), raw.target, -1, seed, raw.name, "")
+            except DamagedImageError as error:
+                problem = str(error)
+        return _Sample(None, raw.target, -1, seed, raw.name, problem)
+
+
+class TrainingLoader:
+    """The training batches of one process, epoch by epoch; every batch is complete.
+
+    A damaged image is replaced by another of its batch, so that shapes stay the same for compiled models and all
+    processes; a batch of which no image can be read is black and counts none.
+
+    Attributes:
+        steps: Batches in an epoch.
+        layout: What must be the same for a run to go on in the middle of an epoch.
+    """
+
+    def __init__(self, loader: DataLoader[Batch], sampler: EpochSampler | ShardStream, steps: int, parts: int):
+        self._loader, self._sampler, self._parts = loader, sampler, parts
+        self.steps = steps
+        self.layout: dict[str, int] = {}
+        if isinstance(sampler, ShardStream):
+            self.layout = {"processes": sampler.share.processes, "workers": loader.num_workers, "accumulate": parts}
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[list[Batch]]:
+        """Yield the batches of an epoch from number `first` on, each in the parts it is computed in.
+
+        Raises:
+            LoaderError: A process that reads images has died or hangs.
+        """
+        # A stream counts in the parts it yields, an order in whole batches.
+        self._sampler.start(epoch, first * (self._parts if isinstance(self._sampler, ShardStream) else 1))
+        stream = guarded(self._loader)
+        for _ in range(first, self.steps):
+            yield list(islice(stream, self._parts))
 
 
 def training_loader(
-    images: ImageSet, transform: Transform, batch_size: int, *, seed: int, workers: int = -1, pin_memory: bool = False
-) -> tuple[DataLoader[Batch], EpochSampler]:
-    """Return batches in an order that changes every epoch, and the sampler that decides it.
+    images: ImageSet | ShardSet,
+    transform: Transform,
+    batch_size: int,
+    *,
+    img_size: int,
+    seed: int,
+    share: Share = ALONE,
+    parts: int = 1,
+    workers: int = -1,
+    pin_memory: bool = False,
+    timeout: float = 0.0,
+) -> TrainingLoader:
+    """Return batches in an order that changes every epoch.
 
-    The last, incomplete batch of an epoch is left out, unless it is the only one.
+    Args:
+        images: What to read.
+        transform: From pictures to tensors `(3, img_size, img_size)`.
+        batch_size: Images in a batch of all processes; the last, incomplete batch of an epoch is left out.
+        img_size: Side of the images, for stand-ins of damaged ones.
+        seed: Seed of order and augmentation.
+        share: The part of each batch this process computes.
+        parts: Pieces it is computed in.
+        workers: Processes that read; -1 picks by the data.
+        pin_memory: Whether the batches go to a GPU.
+        timeout: Seconds to wait for a worker; 0 for ever.
+
+    Raises:
+        ValueError: The batch cannot be divided so, or there are more readers than shards.
     """
-    sampler = EpochSampler(len(images), seed)
-    common = _options(images, workers, pin_memory)
-    dataset: Any = ImageDataset(images, transform)
-    drop_last = len(images) >= batch_size
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last, **common), sampler
+    pieces = share.processes * parts
+    if batch_size % pieces:
+        raise ValueError(
+            f"--batch_size {batch_size} cannot be divided among {share.processes} processes × {parts} parts;"
+            f" {batch_size // pieces * pieces or pieces} can"
+        )
+    piece = batch_size // pieces
+    options = _options(images, workers, pin_memory, timeout) | {"collate_fn": _Filling((3, img_size, img_size))}
+    if isinstance(images, ImageSet):
+        sampler = EpochSampler(len(images), batch_size, seed, share, parts)
+        dataset: Any = ImageDataset(images, transform)
+        return TrainingLoader(DataLoader(dataset, batch_sampler=sampler, **options), sampler, sampler.steps, parts)
+    readers = share.processes * max(options["num_workers"], 1)
+    if readers > len(images.shards):
+        raise ValueError(
+            f"{len(images.shards)} shards cannot be divided among {readers} readers ({share.processes} processes ×"
+            f" {options['num_workers']} workers); use fewer --workers or smaller shards"
+        )
+    stream: Any = ShardStream(images, transform, share, seed, piece)
+    steps = max(len(images) // batch_size, 1)
+    return TrainingLoader(DataLoader(stream, batch_size=piece, **options), stream, steps, parts)
 
 
 def evaluation_loader(
-    images: ImageSet, transform: Transform, batch_size: int, *, workers: int = -1, pin_memory: bool = False
+    images: ImageSet | ShardSet,
+    transform: Transform,
+    batch_size: int,
+    *,
+    share: Share = ALONE,
+    workers: int = -1,
+    pin_memory: bool = False,
+    timeout: float = 0.0,
 ) -> DataLoader[Batch]:
-    """Return batches of all images in their order."""
-    dataset: Any = ImageDataset(images, transform)
-    return DataLoader(dataset, batch_size=batch_size, **_options(images, workers, pin_memory))
+    """Return batches of this process's share of the images in their order, none twice; damaged ones are left out."""
+    options = _options(images, workers, pin_memory, timeout) | {"collate_fn": _collate}
+    dataset: Any
+    if isinstance(images, ShardSet):
+        dataset = ShardStream(images, transform, share)
+        return DataLoader(dataset, batch_size=batch_size, **options)
+    dataset = ImageDataset(images, transform)
+    mine = range(share.rank, len(images), share.processes)
+    return DataLoader(dataset, batch_size=batch_size, sampler=mine, **options)
 
 
-def _options(images: ImageSet, workers: int, pin_memory: bool) -> dict[str, Any]:
+def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """Yield batches; turn the ways in which DataLoader reports dead and hanging workers into one error.
+
+    Raises:
+        LoaderError: A process that reads images has died or hangs.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not is_worker_failure(error):
+            raise
+        raise LoaderError(worker_failure(error)) from None
+
+
+def is_worker_failure(error: RuntimeError) -> bool:
+    """Whether DataLoader raised this about a worker; it does so wherever the main process happens to be."""
+    return str(error).startswith("DataLoader ")
+
+
+def worker_failure(error: RuntimeError) -> str:
+    """Say in a sentence what became of a worker."""
+    reason = str(error).partition("\n")[0].rstrip(". ")
+    return (
+        f"a process that reads images failed: {reason}; it may have run out of memory (use fewer --workers), or wait "
+        "for a disk or network that no longer answers (--guards.worker_timeout sets the patience)"
+    )
+
+
+def _options(images: ImageSet | ShardSet, workers: int, pin_memory: bool, timeout: float) -> dict[str, Any]:
     if workers < 0:
         # Reading files pays for processes of its own; pixels in memory do not.
-        few = images.pixels is not None or len(images) < 256
+        few = len(images) < 256 or (isinstance(images, ImageSet) and images.pixels is not None)
         workers = 0 if few else min(8, os.cpu_count() or 1)
+        if isinstance(images, ShardSet):
+            workers = min(workers, len(images.shards))
     return {
-        "collate_fn": _collate,
         "num_workers": workers,
         "pin_memory": pin_memory,
         "worker_init_fn": _start_worker,
+        "timeout": timeout if workers else 0,
         # Otherwise starting an iteration draws from the generator that drop path uses, and a resumed run diverges.
         "generator": torch.Generator(),
     }
@@ -141,16 +380,42 @@ def _start_worker(number: int) -> None:
     """Leave Ctrl-C to the main process, which finishes its step; end on SIGTERM, which the main process sends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "SIGUSR1"):  # SLURM sends it to every process of a job
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def _collate(samples: Sequence[_Sample]) -> Batch:
+def _transformed(picture: Any, transform: Transform, seed: int) -> torch.Tensor:
+    if seed < 0:
+        return transform(picture)
+    with _Seeded(seed):
+        return transform(picture)
+
+
+def _collate(samples: Sequence[_Sample], filled: Sequence[_Sample] | None = None) -> Batch:
     good = [sample for sample in samples if sample.image is not None]
+    used = good if filled is None else filled
+    images = [sample.image for sample in used if sample.image is not None]
     return Batch(
-        torch.stack([sample.image for sample in good if sample.image is not None]) if good else torch.empty(0),
-        torch.tensor([sample.target for sample in good], dtype=torch.long),
-        torch.tensor([sample.position for sample in good], dtype=torch.long),
+        torch.stack(images) if images else torch.empty(0),
+        torch.tensor([sample.target for sample in used], dtype=torch.long),
+        torch.tensor([sample.position for sample in used], dtype=torch.long),
+        torch.tensor([sample.seed for sample in used], dtype=torch.long),
+        [sample.name for sample in used],
         [sample.problem for sample in samples if sample.image is None],
+        len(good),
     )
+
+
+@dataclass(frozen=True)
+class _Filling:
+    """Collate with a stand-in for every damaged image."""
+
+    shape: tuple[int, int, int]
+
+    def __call__(self, samples: Sequence[_Sample]) -> Batch:
+        good = [sample for sample in samples if sample.image is not None]
+        others = cycle(good or [_Sample(torch.zeros(self.shape), 0, -1, -1, "", "")])
+        return _collate(samples, [next(others) if sample.image is None else sample for sample in samples])
 
 
 class _Seeded:

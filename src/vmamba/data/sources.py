@@ -4,15 +4,17 @@ A specification is one of
 
 - `digits`: scikit-learn's 1,797 handwritten digits, 8×8 pixels brought to 32×32; needs no download;
 - `fashion-mnist` (downloaded by torchvision) or `fashion-mnist:FOLDER` (the four IDX files, gzipped or not);
-- `folder:PATH` or just a path: class folders, or `train` and `val` folders with class folders in them.
+- `folder:PATH` or just a path: class folders, or `train` and `val` folders with class folders in them;
+- `hf:FOLDER`: what `Dataset.save_to_disk` of Hugging Face datasets wrote;
+- `wds:PLACE`: WebDataset shards, see `vmamba.data.shards`.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +22,8 @@ import numpy as np
 from PIL import Image
 
 from vmamba.data.idx import read_idx_split
-from vmamba.data.images import IMAGE_EXTENSIONS, image_files, read_image
+from vmamba.data.images import IMAGE_EXTENSIONS, decode_image, image_files, read_image
+from vmamba.data.shards import ShardSet, open_shards
 
 Style = Literal["glyphs", "garments", "photos"]
 
@@ -39,33 +42,62 @@ class ImageSet:
     Attributes:
         targets: Class index of each image.
         names: What to call each image: the path of its file, or "digits/17".
-        pixels: Grey images `(count, height, width)` of unsigned bytes where they lie in memory; None for files.
+        pixels: Grey images `(count, height, width)` of unsigned bytes where they lie in memory; None otherwise.
+        contents: Gives the encoded image of a position, where the names are no files; None otherwise.
     """
 
     targets: np.ndarray
     names: Sequence[str]
     pixels: np.ndarray | None = None
+    contents: Callable[[int], bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def read(self, index: int) -> Image.Image:
         """Return an image as RGB; raises DamagedImageError and OSError as `read_image` does."""
-        if self.pixels is None:
-            return read_image(self.names[index])
-        return Image.fromarray(self.pixels[index]).convert("RGB")
+        if self.pixels is not None:
+            return Image.fromarray(self.pixels[index]).convert("RGB")
+        if self.contents is not None:
+            return decode_image(self.contents(index), self.names[index])
+        return read_image(self.names[index])
 
     def subset(self, positions: np.ndarray) -> ImageSet:
         """Return the images at these positions."""
         pixels = None if self.pixels is None else self.pixels[positions]
-        return ImageSet(self.targets[positions], [self.names[i] for i in positions], pixels)
+        contents = self.contents and _Selected(self.contents, positions)
+        return ImageSet(self.targets[positions], [self.names[i] for i in positions], pixels, contents)
 
     def joined(self, other: ImageSet) -> ImageSet:
         """Return these images followed by those of another set of the same kind."""
         pixels = None
         if self.pixels is not None and other.pixels is not None:
             pixels = np.concatenate([self.pixels, other.pixels])
-        return ImageSet(np.concatenate([self.targets, other.targets]), [*self.names, *other.names], pixels)
+        contents = self.contents and other.contents and _Joined(self.contents, len(self), other.contents)
+        return ImageSet(np.concatenate([self.targets, other.targets]), [*self.names, *other.names], pixels, contents)
+
+    def relabelled(self, numbers: np.ndarray) -> ImageSet:
+        """Return the same images with target t replaced by `numbers[t]`."""
+        return replace(self, targets=numbers[self.targets])
+
+
+@dataclass(frozen=True)
+class _Selected:
+    contents: Callable[[int], bytes]
+    positions: np.ndarray
+
+    def __call__(self, index: int) -> bytes:
+        return self.contents(int(self.positions[index]))
+
+
+@dataclass(frozen=True)
+class _Joined:
+    first: Callable[[int], bytes]
+    length: int
+    second: Callable[[int], bytes]
+
+    def __call__(self, index: int) -> bytes:
+        return self.first(index) if index < self.length else self.second(index - self.length)
 
 
 @dataclass(frozen=True)
@@ -84,8 +116,8 @@ class Source:
 
     spec: str
     classes: tuple[str, ...]
-    train: ImageSet
-    held_out: ImageSet
+    train: ImageSet | ShardSet
+    held_out: ImageSet | ShardSet
     img_size: int
     style: Style
     note: str
@@ -106,17 +138,21 @@ def open_source(spec: str, held_out: float = 0.2) -> Source:
         return _digits(held_out)
     if kind == "fashion-mnist" and (place or not colon):
         return _fashion_mnist(place)
+    if kind == "hf" and place:
+        return _saved_dataset(Path(place).expanduser(), held_out)
+    if kind == "wds" and place:
+        return _shards(place)
     if kind == "folder" and place:
         return _folder(Path(place).expanduser(), held_out)
     if spec and Path(spec).expanduser().is_dir():
         return _folder(Path(spec).expanduser(), held_out)
-    allowed = "digits, fashion-mnist, fashion-mnist:FOLDER, or a folder of class folders"
+    allowed = "digits, fashion-mnist, fashion-mnist:FOLDER, hf:FOLDER, wds:SHARDS, or a folder of class folders"
     close = difflib.get_close_matches(spec, ("digits", "fashion-mnist"), n=1)
     hint = f"; did you mean {close[0]}?" if close else f"; {allowed} would do"
     raise ValueError(f"--data {spec!r} names no known data set, and there is no folder of that name{hint}")
 
 
-def with_labels(images: ImageSet, classes: Sequence[str], labels: Sequence[str]) -> ImageSet:
+def with_labels(images: ImageSet | ShardSet, classes: Sequence[str], labels: Sequence[str]) -> ImageSet | ShardSet:
     """Number the targets as a model does, whose labels may come in another order or be more.
 
     Args:
@@ -134,8 +170,7 @@ def with_labels(images: ImageSet, classes: Sequence[str], labels: Sequence[str])
             f"the model does not know the class {unknown[0]!r} of this data ({len(unknown)} of {len(classes)} unknown);"
             f" its classes are {', '.join(labels[:5])}{', …' if len(labels) > 5 else ''}"
         )
-    renumbered = np.array([place[name] for name in classes], dtype=np.int64)[images.targets]
-    return ImageSet(renumbered, images.names, images.pixels)
+    return images.relabelled(np.array([place[name] for name in classes], dtype=np.int64))
 
 
 def _digits(held_out: float) -> Source:
@@ -194,6 +229,26 @@ def _download_fashion_mnist() -> Path:
             "put its four IDX files in a folder and name it: --data fashion-mnist:FOLDER"
         ) from None
     return cache / "FashionMNIST" / "raw"
+
+
+def _shards(place: str) -> Source:
+    classes, train, test = open_shards(place)
+    return Source(f"wds:{place}", classes, train, test, 224, "photos", "the shards named for it held out")
+
+
+def _saved_dataset(folder: Path, held_out: float) -> Source:
+    from vmamba.data.saved_datasets import open_saved
+
+    classes, splits = open_saved(folder)
+    train, own_split = splits["train"], next((name for name in _HELD_OUT_FOLDERS if name in splits), None)
+    images = ImageSet(train.targets, train.names, contents=train.read)
+    if own_split is None:
+        images, test = _split(images, held_out)
+        note = f"a fixed {held_out:.0%} of every class held out"
+    else:
+        other = splits[own_split]
+        test, note = ImageSet(other.targets, other.names, contents=other.read), f"the split {own_split!r} held out"
+    return Source(f"hf:{folder.resolve()}", classes, images, test, 224, "photos", note)
 
 
 def _folder(root: Path, held_out: float) -> Source:

@@ -230,7 +230,11 @@ def _build(checkpoint: Checkpoint) -> "tuple[VMamba, LoadReport]":
 
 
 def save_checkpoint(
-    model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model as safetensors: its weights under the published names, its configuration, and `metadata`.
 
@@ -240,6 +244,7 @@ def save_checkpoint(
         model: a VMamba; its `config` is stored with the weights.
         path: where to; an existing file is replaced.
         metadata: anything JSON-able worth keeping beside the weights, such as labels, mean, std, img_size.
+        state_dict: weights to write instead of the model's own, such as those gathered from several processes.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -256,7 +261,7 @@ def save_checkpoint(
     }
     if isinstance(config := getattr(model, "config", None), VMambaConfig):
         header["config"] = json.dumps(config.to_dict())
-    write_safetensors(model.state_dict(), path, header)
+    write_safetensors(model.state_dict() if state_dict is None else state_dict, path, header)
 
 
 def export_official(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -307,7 +307,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        _flush_folder(target.parent)
+        flush_folder(target.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -318,7 +318,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Make what was renamed in a folder last through a crash."""
     # The rename itself must reach the disk; Windows cannot open folders, and does not need it.
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

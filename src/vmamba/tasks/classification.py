@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,6 +34,10 @@ class ClassificationReport:
     per_class: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
 
+    def figures(self) -> dict[str, float]:
+        """Return loss, top1 and top5."""
+        return {"loss": self.loss, "top1": self.top1, "top5": self.top5}
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         return asdict(self)
@@ -52,26 +57,30 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     classes: Sequence[str],
-    gather: Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]] = lambda pair: pair,
 ) -> ClassificationReport:
     """Classify labelled images and count.
+
+    Under torch.distributed, every process brings its own share of the images, of whatever length; the counts are summed
+    over all, so no image is counted that was not there, and the report is the same in each.
 
     Args:
         model: Takes images `(B, 3, H, W)`, gives logits `(B, number of classes)`. Its training mode is restored.
         batches: Pairs of images and targets `(B,)` on the model's device; an empty batch is passed over.
         classes: Class names.
-        gather: Collects logits and targets from all processes, where there are several.
 
     Raises:
         ValueError: There was no image to classify.
     """
-    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+    from torchmetrics import SumMetric
+    from torchmetrics.classification import MulticlassConfusionMatrix
 
     number = len(classes)
     device = next(model.parameters()).device
     confusion = MulticlassConfusionMatrix(number, validate_args=False).to(device)
-    top5 = MulticlassAccuracy(number, top_k=min(5, number), average="micro", validate_args=False).to(device)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
+    among_five, total_loss = (
+        SumMetric().to(device).set_dtype(torch.float64),
+        SumMetric().to(device).set_dtype(torch.float64),
+    )
     was_training = model.training
     model.eval()
     try:
@@ -79,21 +88,25 @@ def evaluate(
             for images, targets in batches:
                 if not len(targets):
                     continue
-                logits, targets = gather((model(images).float(), targets))
-                loss += functional.cross_entropy(logits, targets, reduction="sum")
+                logits = model(images).float()
+                total_loss.update(functional.cross_entropy(logits, targets, reduction="sum").double())
                 confusion.update(logits, targets)
-                top5.update(logits, targets)
+                best = logits.topk(min(5, number)).indices
+                among_five.update((best == targets[:, None]).any(1).sum().double())
     finally:
         model.train(was_training)
-    counts = confusion.confmat.cpu()
+    with warnings.catch_warnings():
+        # A process whose share held no readable image takes part in the sums with nothing.
+        warnings.filterwarnings("ignore", "The ``compute`` method of metric")
+        counts, loss, hits = confusion.compute().cpu(), float(total_loss.compute()), float(among_five.compute())
     count = int(counts.sum())
     if not count:
         raise ValueError("there is no readable image to evaluate on")
     return ClassificationReport(
         count=count,
-        loss=float(loss) / count,
+        loss=loss / count,
         top1=int(counts.diagonal().sum()) / count,
-        top5=float(top5.compute()),
+        top5=hits / count,
         classes=tuple(classes),
         per_class=tuple(int(row[i]) / int(row.sum()) if row.sum() else None for i, row in enumerate(counts)),
         confusion=tuple(tuple(int(value) for value in row) for row in counts),
@@ -112,10 +125,33 @@ def classification_loss(logits: Tensor, targets: Tensor, label_smoothing: float)
     return functional.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
 
-def make_mixup(num_classes: int, mixup: float, cutmix: float, label_smoothing: float) -> Callable[..., Any] | None:
-    """Return timm's mixup and cutmix, which takes `(images, targets)` of an even batch; None when both are off."""
+def make_mixup(
+    num_classes: int,
+    mixup: float,
+    cutmix: float,
+    label_smoothing: float,
+    probability: float = 1.0,
+    switch: float = 0.5,
+) -> Callable[..., Any] | None:
+    """Return timm's mixup and cutmix, which takes `(images, targets)` of an even batch; None when both are off.
+
+    Args:
+        num_classes: Number of classes.
+        mixup: Alpha of mixup.
+        cutmix: Alpha of cutmix.
+        label_smoothing: Share of the label spread over all classes.
+        probability: Chance that a batch is mixed.
+        switch: Chance of cutmix where both are on.
+    """
     if mixup <= 0 and cutmix <= 0:
         return None
     from timm.data import Mixup
 
-    return Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+    return Mixup(
+        mixup_alpha=mixup,
+        cutmix_alpha=cutmix,
+        prob=probability,
+        switch_prob=switch,
+        label_smoothing=label_smoothing,
+        num_classes=num_classes,
+    )

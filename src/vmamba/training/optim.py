@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from timm.optim import create_optimizer_v2
+from typing import Any
+
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn, optim
@@ -10,22 +12,55 @@ from torch import nn, optim
 from vmamba.training.recipe import OptimizerOptions
 
 
-def make_optimizer(model: nn.Module, options: OptimizerOptions) -> optim.Optimizer:
-    """Return AdamW over two groups: matrices, which are decayed, and all the rest, which is not.
+def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict[str, Any]]:
+    """Return the parameters that are trained, in groups of one weight decay and one factor of the learning rate.
 
-    The rest is every parameter of one dimension and whatever `model.no_weight_decay()` names.
+    Weight decay spares every parameter of one dimension. The clean form also spares what `model.no_weight_decay()`
+    names: A, D and the bias of Δ. The published form decays A and the bias of Δ, which have two dimensions, as the
+    authors' training did: by name it spared the position embedding alone.
     """
-    return create_optimizer_v2(
-        model,
-        opt="adamw",
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        betas=options.betas,
-        eps=options.eps,
+    spared = {"pos_embed"}
+    if options.decay_form == "clean" and hasattr(model, "no_weight_decay"):
+        spared |= set(model.no_weight_decay())  # type: ignore[operator]
+    if options.layer_decay == 1:
+        return param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=spared)
+    return param_groups_layer_decay(
+        model, options.weight_decay, no_weight_decay_list=spared, layer_decay=options.layer_decay
     )
 
 
-def make_schedule(optimizer: optim.Optimizer, options: OptimizerOptions, epochs: int, steps: int) -> CosineLRScheduler:
+def make_optimizer(
+    groups: list[dict[str, Any]], options: OptimizerOptions, batch_size: int = 0, fused: bool = False
+) -> optim.Optimizer:
+    """Return AdamW.
+
+    Args:
+        groups: What `parameter_groups` gives.
+        options: Rates and decay.
+        batch_size: Images in an update, for rates that are given for another number; 0 takes the rates as they are.
+        fused: Whether one kernel updates all parameters; for GPUs.
+
+    Raises:
+        ValueError: There is nothing to train.
+    """
+    if not any(group["params"] for group in groups):
+        raise ValueError("no parameter of the model is trained")
+    scale = options.rate_scale(batch_size or options.lr_batch)
+    extra: dict[str, Any] = {"fused": True} if fused else {}
+    return create_optimizer_v2(
+        groups,
+        opt="adamw",
+        lr=options.lr * scale,
+        weight_decay=options.weight_decay,
+        betas=options.betas,
+        eps=options.eps,
+        **extra,
+    )
+
+
+def make_schedule(
+    optimizer: optim.Optimizer, options: OptimizerOptions, epochs: int, steps: int, batch_size: int = 0
+) -> CosineLRScheduler:
     """Return the learning rate per iteration: a linear warm-up, at most half of the run, then a cosine.
 
     `schedule.step_update(n)` sets the rate for iteration n; it is a function of n alone, so a resumed run needs no
@@ -36,20 +71,24 @@ def make_schedule(optimizer: optim.Optimizer, options: OptimizerOptions, epochs:
         options: Rates and length of the warm-up.
         epochs: Length of the run.
         steps: Iterations in an epoch.
+        batch_size: Images in an update, as for `make_optimizer`.
     """
     total = max(epochs * steps, 1)
     warmup = min(round(options.warmup_epochs * steps), total // 2)
+    scale = options.rate_scale(batch_size or options.lr_batch)
     return CosineLRScheduler(
         optimizer,
         t_initial=total - warmup,
-        lr_min=min(options.min_lr, options.lr),
+        lr_min=min(options.min_lr, options.lr) * scale,
         warmup_t=warmup,
-        warmup_lr_init=min(options.warmup_lr, options.lr),
+        warmup_lr_init=min(options.warmup_lr, options.lr) * scale,
         warmup_prefix=True,
         t_in_epochs=False,
     )
 
 
-def make_ema(model: nn.Module, decay: float) -> ModelEmaV3 | None:
-    """Return a moving average of the weights, which starts fast and slows down to `decay`; None when that is 0."""
-    return ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
+def make_ema(model: nn.Module, options: OptimizerOptions) -> ModelEmaV3 | None:
+    """Return a moving average of the weights; None when its decay is 0."""
+    if not options.ema_decay:
+        return None
+    return ModelEmaV3(model, decay=options.ema_decay, use_warmup=options.ema_warmup)

@@ -15,15 +15,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TRAIN, _HELD_OUT, _WRONG = "#7a8ba3", "#1f6fb2", "#c0392b"
+_TITLES = {"top1": "Accuracy"}
 _MOST_NUMBERS = 20  # classes beyond which numbers in the cells of a confusion matrix can no longer be read
 
 
-def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw loss, accuracy and learning rate over the epochs.
+def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path, merit: str = "top1") -> None:
+    """Draw loss, the figure a task goes by, and learning rate over the epochs.
 
     Args:
         metrics: The lines of metrics.jsonl.
         path: PNG to write; nothing is written before the first epoch is complete.
+        merit: Key of that figure, a share; `train_` and the key is the one on training images, where there is one.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -32,13 +34,16 @@ def draw_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     if not epochs:
         return
     figure, (loss, accuracy, rate) = _figure(12, 3.6, 3)
-    x = [record["epoch"] for record in epochs]
-    loss.plot(x, [record["train_loss"] for record in epochs], color=_TRAIN, marker=".", label="training")
-    loss.plot(x, [record["loss"] for record in epochs], color=_HELD_OUT, marker=".", label="held out")
-    loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy, nats", ylim=(0, None))
-    accuracy.plot(x, [100 * record["train_top1"] for record in epochs], color=_TRAIN, marker=".", label="training")
-    accuracy.plot(x, [100 * record["top1"] for record in epochs], color=_HELD_OUT, marker=".", label="held out")
-    accuracy.set(title=f"Accuracy (held out: {epochs[-1]['top1']:.2%})", xlabel="epoch", ylabel="%", ylim=(None, 101))
+    for key, color, label in (("train_{}", _TRAIN, "training"), ("{}", _HELD_OUT, "held out")):
+        for axes, name, factor in ((loss, "loss", 1), (accuracy, merit, 100)):
+            known = [
+                (record["epoch"], factor * record[key.format(name)]) for record in epochs if key.format(name) in record
+            ]
+            if known:
+                axes.plot(*zip(*known, strict=True), color=color, marker=".", label=label)
+    loss.set(title="Loss", xlabel="epoch", ylabel="mean over the images", ylim=(0, None))
+    title = f"{_TITLES.get(merit, merit)} (held out: {epochs[-1][merit]:.2%})"
+    accuracy.set(title=title, xlabel="epoch", ylabel="%", ylim=(None, 101))
     per_epoch = epochs[0]["step"] / epochs[0]["epoch"]
     rate.plot([record["step"] / per_epoch for record in steps], [record["lr"] for record in steps], color=_HELD_OUT)
     rate.set(title="Learning rate", xlabel="epoch", ylim=(0, None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 class LiveProgress:
-    """One bar for the whole run, with loss, accuracy, images per second and the time left."""
+    """One bar for the whole run, with loss, figures, images per second, share of waiting, memory and the time left."""
 
     def __init__(self, console: Console, epochs: int, steps: int):
         self.console = console
@@ -37,30 +38,38 @@ class LiveProgress:
     ) -> None:
         self._bar.stop()
 
-    def show(self, epoch: int, step: int, loss: float, top1: float, rate: float) -> None:
+    def show(
+        self, epoch: int, step: int, figures: Mapping[str, float], speed: Mapping[str, float], memory: float | None
+    ) -> None:
         """Bring the bar up to date.
 
         Args:
             epoch: Complete epochs.
             step: Updates in the current one.
-            loss: Mean loss of the epoch so far.
-            top1: Share of training images recognised in the epoch so far.
-            rate: Images per second.
+            figures: Means over the epoch so far: the loss, and shares of the images.
+            speed: `images_per_second`, and `data_wait`, the share of the time spent waiting for images.
+            memory: GiB of the GPU used at most; None without one.
         """
+        shares = [f"{name} {value:6.1%}" for name, value in figures.items() if name != "loss"]
+        parts = [
+            f"loss {figures.get('loss', float('nan')):.3f}",
+            *shares,
+            f"{speed['images_per_second']:,.0f} img/s",
+            f"wait {speed['data_wait']:.0%}",
+            *([f"{memory:.1f} GiB"] if memory else []),
+        ]
         self._bar.update(
             self._task,
             description=f"epoch {epoch + 1}/{self.epochs}",
             completed=epoch * self.steps + step,
-            figures=f"loss {loss:.3f}  acc {top1:6.1%}  {rate:,.0f} img/s",
+            figures="  ".join(parts),
         )
 
-    def epoch_done(self, record: dict[str, Any]) -> None:
-        """Print the figures of an epoch."""
-        self.console.print(
-            f"epoch {record['epoch']:>{len(str(self.epochs))}}/{self.epochs}"
-            f" | training: loss {record['train_loss']:.3f}, {record['train_top1']:.2%} right"
-            f" | held out: loss {record['loss']:.3f}, {record['top1']:.2%} right"
-            f" | {record['images_per_second']:,.0f} img/s",
-            highlight=False,
-            soft_wrap=True,
-        )
+    def note(self, sentence: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+
+    def epoch_done(self, record: Mapping[str, Any], line: str) -> None:
+        """Print the figures of an epoch, which the task has put into a line."""
+        number = f"epoch {record['epoch']:>{len(str(self.epochs))}}/{self.epochs}"
+        self.note(f"{number} | {line} | {record['images_per_second']:,.0f} img/s")

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from vmamba.training.recipe import CHANGEABLE_ON_RESUME, RunOptions
+
 RUNS = Path("runs")
 
 
@@ -17,8 +19,9 @@ class RunFolder:
     """Names of the files of a run, and the writing of those that are text.
 
     config.yaml (the whole recipe, which `--config` reads), metrics.jsonl (a line a reading), last.safetensors and
-    best.safetensors (weights), state.pt (what `--resume` needs), curves.png, damaged.txt (images that could not be
-    read, if any), and the trackers' folders.
+    best.safetensors (weights), checkpoints (what `--resume` needs), curves.png, damaged.txt (images that could not be
+    read, if any), skipped (what is needed to compute updates again that were skipped, if any), and the trackers'
+    folders.
     """
 
     def __init__(self, path: Path):
@@ -27,7 +30,8 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.last = path / "last.safetensors"
         self.best = path / "best.safetensors"
-        self.state = path / "state.pt"
+        self.checkpoints = path / "checkpoints"
+        self.skipped = path / "skipped"
         self.curves = path / "curves.png"
         self.damaged = path / "damaged.txt"
 
@@ -76,6 +80,33 @@ class RunFolder:
     def read_damaged(self) -> list[str]:
         """Return the images that could not be read so far."""
         return self.damaged.read_text(encoding="utf-8").splitlines() if self.damaged.is_file() else []
+
+
+def resumed_folder(recipe: RunOptions) -> RunFolder | None:
+    """Find the run to go on with; None for a new one.
+
+    Raises:
+        FileNotFoundError: There is no such run.
+        ValueError: The recipe asks for something else than the run was started with.
+    """
+    if not recipe.resume:
+        return None
+    place = recipe.resume
+    if place == "auto":
+        if not recipe.output:
+            raise ValueError("--resume auto goes on with the run in --output, if there is one; name that folder")
+        place = recipe.output
+        if not RunFolder(Path(place).expanduser()).config.is_file():
+            return None
+    folder = RunFolder(Path(place).expanduser())
+    before, now = folder.read_config(), recipe.to_dict()
+    for name, value in now.items():
+        if name not in CHANGEABLE_ON_RESUME and name in before and before[name] != value:
+            asked = f"it was {before[name]}, {value} was asked for"
+            raise ValueError(f"a resumed run keeps its {name}: {asked}; start a new run for that")
+    if recipe.output and Path(recipe.output).expanduser().resolve() != folder.path.resolve():
+        raise ValueError(f"--output {recipe.output} and --resume {recipe.resume} differ; a run stays in its folder")
+    return folder
 
 
 def new_run_folder(output: str | None, name: str, root: Path = RUNS) -> RunFolder:

@@ -1,0 +1,237 @@
+"""A run while it runs: what it is built of, how it is resumed, and what it measures."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor, nn
+
+from vmamba.data.loaders import Share
+from vmamba.training.agreement import Agreement
+from vmamba.training.checkpointing import CheckpointFolder, Position, read_checkpoint_folder, seed_update
+from vmamba.training.guards import InterruptGuard, StallWatch, TrainingFailedError, smaller_batch
+from vmamba.training.optim import make_ema, make_optimizer, make_schedule
+from vmamba.training.processes import check_run, load_state, make_accelerator
+from vmamba.training.progress import LiveProgress
+from vmamba.training.recipe import RunOptions
+from vmamba.training.run_folder import RunFolder, new_run_folder, resumed_folder
+from vmamba.training.task import Step, Task, TaskLoader
+
+
+@dataclass
+class Run:
+    """Everything the loop works with."""
+
+    recipe: RunOptions
+    task: Task
+    accelerator: Accelerator
+    together: Agreement
+    folder: RunFolder
+    model: nn.Module
+    optimizer: Any
+    schedule: Any
+    ema: Any
+    loader: TaskLoader
+    held_out: Iterable[Any]
+    position: Position
+    progress: LiveProgress
+    guard: InterruptGuard
+    watch: StallWatch
+    damaged: dict[str, None] = field(default_factory=dict)
+    unreported: list[str] = field(default_factory=list)
+    spare: nn.Module | None = None  # to evaluate with, where the trained model is divided among processes
+    settled: int = 0  # updates this process has completed, after which memory no longer grows
+
+    @property
+    def checkpoints(self) -> CheckpointFolder:
+        """Where the run saves itself."""
+        return CheckpointFolder(self.folder.checkpoints)
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without what accelerate and torch.compile have put around it."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+
+class Measured:
+    """Time and sums of one epoch: kept on the device, in each process, until they are looked at."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._sums: dict[str, Tensor] = {}
+        self._seen = 0
+        self._began = self._last = time.perf_counter()
+        self._waited = 0.0
+        self.norm = 0.0
+        self._norm: Tensor | None = None
+
+    def waiting_for(self, stream: Iterator[list[Any]]) -> Iterator[list[Any]]:
+        """Pass batches on, and take the time until they come."""
+        while True:
+            self._run.watch.beat("waiting for images")
+            before = time.perf_counter()
+            batches = next(stream, None)
+            self._waited += time.perf_counter() - before
+            if batches is None:
+                return
+            yield batches
+
+    def add(self, batches: list[Any], steps: list[Step], norm: Tensor) -> None:
+        """Take in what an update gave, without waiting for the device."""
+        for batch, (loss, sums) in zip(batches, steps, strict=True):
+            for name, value in {"loss": loss.detach().double() * len(batch), **sums}.items():
+                self._sums[name] = self._sums.get(name, 0) + value
+            self._seen += len(batch)
+        self._norm = norm
+
+    def settle(self) -> None:
+        """Add what was measured in all processes to the position; waits for the device."""
+        now = time.perf_counter()
+        names = self._run.together.collected(sorted(self._sums))
+        names = sorted(set(names))
+        zero = torch.zeros((), device=self._run.together.device)
+        totals = self._run.together.totals([self._sums.get(name, zero) for name in names], [float(self._seen)])
+        position = self._run.position
+        for name, total in zip(names, totals, strict=False):
+            position.sums[name] = position.sums.get(name, 0.0) + total
+        position.seen += int(totals[-1])
+        position.seconds += now - self._last
+        position.waited += self._waited
+        if self._norm is not None:
+            self.norm = float(self._norm)
+        self._sums, self._seen, self._waited, self._last = {}, 0, 0.0, now
+
+
+def prepare(
+    recipe: RunOptions,
+    console: Console,
+    guard: InterruptGuard,
+    run_name: str | None,
+    make_task: Callable[[Any], Task],
+) -> Run:
+    """Check the whole recipe and build what it asks for; the run folder comes last, when nothing can go wrong."""
+    accelerator = make_accelerator(recipe, check_run(recipe), ("VSSBlock",))
+    together = Agreement(accelerator)
+    device, pin = accelerator.device, accelerator.device.type == "cuda"
+    share = Share(together.rank, together.processes)
+    earlier = together.on_main(lambda: resumed_folder(recipe))
+
+    def build() -> tuple[Task, TaskLoader, Iterable[Any]]:
+        seed_update(recipe.seed, 0, 0)
+        task = make_task(recipe)
+        task.model.to(device)
+        task.try_out(device)
+        return task, task.training_loader(share, pin), task.evaluation_batches(share, pin)
+
+    # The main process first: it may download what the others then find.
+    task, loader, held_out = together.everywhere(build, main_first=True)
+    path = together.on_main(lambda: (earlier or new_run_folder(recipe.output, run_name or task.name)).path)
+    folder = RunFolder(path)
+    optimizer = make_optimizer(task.parameter_groups(recipe), recipe.optimizer, recipe.batch_size, fused=pin)
+    schedule = make_schedule(optimizer, recipe.optimizer, recipe.epochs, loader.steps, recipe.batch_size)
+    # Before accelerate wraps the model: a copy of the wrapper would still call the original.
+    ema = make_ema(task.model, recipe.optimizer)
+    spare = copy.deepcopy(task.model) if recipe.parallel == "fsdp" else None
+    model, optimizer = accelerator.prepare(task.model, optimizer)
+    run = Run(
+        recipe=recipe,
+        task=task,
+        accelerator=accelerator,
+        together=together,
+        folder=folder,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        ema=ema,
+        loader=loader,
+        held_out=held_out,
+        position=Position(),
+        progress=LiveProgress(console if together.is_main else Console(quiet=True), recipe.epochs, loader.steps),
+        guard=guard,
+        watch=StallWatch(recipe.guards.stall, together.rank),
+        spare=spare,
+    )
+    if earlier:
+        _restore(run)
+    # Without its own place, so that the file serves as a recipe for other runs, and a run may be moved.
+    together.on_main(lambda: folder.write_config({**recipe.to_dict(), "output": None, "resume": None}))
+    accelerator.project_configuration.logging_dir = str(folder.path)
+    accelerator.init_trackers("tensorboard")
+    _introduce(run)
+    return run
+
+
+def _restore(run: Run) -> None:
+    path = run.together.on_main(lambda: run.checkpoints.read_newest(run.progress.note).path)
+    checkpoint = run.together.everywhere(lambda: read_checkpoint_folder(path))
+    position, parts = checkpoint.position, checkpoint.parts
+    if parts["task"] != run.task.identity():
+        raise ValueError(f"the data has other images than when {run.folder.path} was interrupted; start anew")
+    if position.step and parts["layout"] != run.loader.layout:
+        raise ValueError(
+            f"{run.folder.path} was interrupted in the middle of an epoch of a stream read by {parts['layout']};"
+            f" here are {run.loader.layout}; go on with the same numbers"
+        )
+    load_state(run.model, run.optimizer, checkpoint.weights("model"), parts["optimizer"])
+    if run.ema:
+        run.ema.module.load_state_dict(checkpoint.weights("ema"))
+    if run.accelerator.scaler is not None and parts["scaler"]:
+        run.accelerator.scaler.load_state_dict(parts["scaler"])
+    run.position = position
+    run.damaged = dict.fromkeys(run.folder.read_damaged())
+    run.together.on_main(lambda: run.folder.forget_metrics_after(position.updates))
+
+
+def _introduce(run: Run) -> None:
+    recipe, processes = run.recipe, run.together.processes
+    shared = f", {processes} processes ({recipe.parallel})" if processes > 1 else ""
+    lines = [
+        *run.task.introduction(),
+        ("device", f"{run.together.device}, {recipe.precision}{', compiled' if recipe.compile else ''}{shared}"),
+        ("folder", str(run.folder.path)),
+    ]
+    for word, sentence in lines:
+        run.progress.note(f"{word:<7} {sentence}")
+    if run.position.updates:
+        run.progress.note(f"going on in epoch {run.position.epoch + 1} after {run.position.updates} updates")
+
+
+@contextlib.contextmanager
+def memory_advice(run: Run, batches: list[Any]) -> Iterator[None]:
+    """Turn lack of memory in the first updates into advice that has been tried."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if run.settled > 1:  # memory was enough before: this is no matter of the batch size alone
+            raise
+        reason = str(error).partition("\n")[0]
+        error.__traceback__ = None  # its frames hold the tensors that fill the memory
+    else:
+        return
+    images = len(batches[0])
+
+    def fits(number: int) -> bool:
+        run.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        with contextlib.suppress(torch.OutOfMemoryError), run.accelerator.no_sync(run.model):
+            part = batches[0].first(number).to(run.together.device)
+            run.accelerator.backward(run.task.step(run.bare_model, part).loss)
+            return True
+        return False
+
+    number = smaller_batch(images, fits)
+    factor = run.recipe.accumulate * -(-images // number) if number else 0
+    advice = (
+        f"{number} at once do: --accumulate {factor} keeps the batch of {run.recipe.batch_size} and computes it so"
+        if number
+        else "not even one fits; use a smaller model or --img_size, --precision bf16, or --gradient_checkpointing true"
+    )
+    raise TrainingFailedError(f"{images} images at once are too many for the memory ({reason}); {advice}")
