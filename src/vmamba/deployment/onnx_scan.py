@@ -2,11 +2,11 @@
 
 The recurrence runs on three levels. A line of the map (a row or a column, whichever the route follows) is cut into q
 chunks of m ≤ 8 steps. An ONNX `Scan` over the m steps, all chunks of all lines at once, finds the state in which each
-chunk would end had it started from zero; `Scan`s over the chunks of a line and over the lines turn these into the states
-in which the chunks really start; a last `Scan` over the m steps runs the recurrence from there. A map of H×W positions
-takes 16 large steps, about W/4 middle ones and H small ones, in place of H·W, and each large one is long enough for
-threads to share. Every step is `a·h + b` as in the recurrence itself: nothing is divided and no exponential is taken
-but that of Δ·A, so nothing overflows that the recurrence would not.
+chunk would end had it started from zero; `Scan`s over the chunks of a line and over the lines turn these into the
+states in which the chunks really start; a last `Scan` over the m steps runs the recurrence from there. A map of H×W
+positions takes 16 large steps, about W/4 middle ones and H small ones, in place of H·W, and each large one is long
+enough for threads to share. Every step is `a·h + b` as in the recurrence itself: nothing is divided and no exponential
+is taken but that of Δ·A, so nothing overflows that the recurrence would not.
 
 Layout inside: [m, q, G, B, E] for G lines and B images, so that slicing along the steps copies nothing. A route that
 reads backwards is a `Scan` that runs backwards. All sizes but N, R and the routes are dynamic.
@@ -20,8 +20,8 @@ DOMAIN = "vmamba"
 OPSET = 20
 CHUNK_STEPS = 8
 
-# log1p(e) for e = exp(-|z|), as log(u) + (e - (u - 1)) with u = 1 + e: what rounding takes from u is added back, so that
-# small Δ keep their digits. onnxruntime has a Softplus of its own, which takes one number at a time: four times as long.
+# log1p(e) for e = exp(-|z|), as log(u) + (e - (u - 1)) with u = 1 + e: what rounding takes from u is added back, so
+# that small Δ keep their digits. onnxruntime's own Softplus takes one number at a time, and four times as long.
 _SOFTPLUS = """
 Softplus (z) => (y)
 {
@@ -56,12 +56,13 @@ def recurrence(reverse: bool, per_line: bool) -> str:
     starts = (
         f"Scan<num_scan_inputs = 2, scan_input_directions = [{d}, {d}], scan_output_directions = [{d}], body = starts"
     )
+    state_step = f"({_STEP}, float[] start) {{ start = Identity(h) ah = Mul(a, h) next = Add(ah, b) }}"
     step = "ah = Mul(a, h) next = Add(ah, b)"
     between = f"""
   line_log_a = ReduceSum<keepdims = 0>(chunk_log_a, zero)
   line_a = Exp(line_log_a)
   line_ends = {ends} ({_STEP}) {{ {step} }}>(zero_lines, chunk_a, chunk_ends)
-  map_end, line_starts = {starts} ({_STEP}, float[] start) {{ start = Identity(h) {step} }}>(zero_map, line_a, line_ends)"""
+  map_end, line_starts = {starts} {state_step}>(zero_map, line_a, line_ends)"""
     return f"""
 {_recurrence_name(reverse, per_line)} (a, log_a, b, c) => (y)
 {{
@@ -100,7 +101,7 @@ def scan_name(routes: str, d_state: int, dt_rank: int, flip_back: bool) -> str:
 def scan(routes: str, d_state: int, dt_rank: int, flip_back: bool) -> str:
     """Write the function that computes `vmamba.ops.ss2d_scan` in float32.
 
-    Inputs: as those of `vmamba.ops.ss2d_scan`, in order up to D, then height and width; float tensors may be of 16 bits.
+    Inputs: as those of `vmamba.ops.ss2d_scan`, in order up to D, then height and width; of 16 bits or 32.
 
     Args:
         routes: A key of `vmamba.ops.routes.ROUTES`.

@@ -14,6 +14,7 @@ from torch.fx.experimental import _config as shape_config
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from vmamba.models.ss2d import SS2D
+from vmamba.models.vmamba import VMamba
 
 # Neither is 1, which tracing would take for a constant, nor alike, which it would take for one and the same size.
 _EXAMPLE = (2, 96, 128)
@@ -43,13 +44,14 @@ class FeatureMaps(nn.Module):
         model: A VMamba.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: VMamba) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map images (B, C, H, W) to the maps (B, C_i, H_i, W_i)."""
-        maps: list[Tensor] = self.model.forward_intermediates(images, intermediates_only=True)
+        maps = self.model.forward_intermediates(images, intermediates_only=True)
+        assert isinstance(maps, list)
         return maps
 
 
@@ -99,7 +101,7 @@ def trace(model: nn.Module, in_chans: int = 3, img_size: tuple[int, int] | None 
     dynamic: dict[int, Any] = {0: Dim.DYNAMIC}
     if img_size is None:
         dynamic |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    with warnings.catch_warnings(), shape_config.patch(backed_size_oblivious=True):
+    with warnings.catch_warnings(), shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         warnings.simplefilter("ignore")  # torch's own, about its internals
         program = torch.export.export(wrapped, (example,), dynamic_shapes=(dynamic,))
     _admit_single(program)

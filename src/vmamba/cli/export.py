@@ -1,0 +1,165 @@
+"""`vmamba export`: a model as ONNX, as a `torch.export` program or as an AOTInductor package, proven on real images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from vmamba.cli.arguments import UsageError, parse
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import nn
+
+    from vmamba.cli.opening import OpenedModel
+    from vmamba.deployment.export import ExportReport
+    from vmamba.deployment.files import Description
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Export a model to OUT (.onnx or .pt2) and run the file against the model on real images at three sizes.
+
+    Args:
+        source: Weights file, run folder, Hugging Face Hub id, or name of a variant.
+        target: File to write; by default the source's name with the format's ending, here.
+        format: onnx; program (torch.export); aoti (an AOTInductor package for this kind of machine; needs a C++
+            compiler while it is built).
+        task: classification gives logits, features the maps of the four stages.
+        precision: float32 or float16, of weights, images and outputs.
+        quantization: int8-weights or int8-dynamic, for ONNX on CPUs.
+        pretrained: Whether a variant's name stands for its published weights; false exports freshly initialised ones.
+        img_size: Height and width to fix, in pixels; by default both stay open.
+        images: Image files to prove the export on; by default two photographs that come with scikit-learn.
+        data: Data set whose held-out images tell the accuracy of the exported file and of the model; see `vmamba eval`.
+        device: What an AOTInductor package is for.
+        overwrite: Replace the target if it exists.
+    """
+
+    source: str | None = None
+    target: str | None = None
+    format: Literal["onnx", "program", "aoti"] | None = None
+    task: Literal["classification", "features"] = "classification"
+    precision: Literal["float32", "float16"] = "float32"
+    quantization: Literal["none", "int8-weights", "int8-dynamic"] = "none"
+    pretrained: bool = True
+    img_size: int | None = None
+    images: list[str] | None = None
+    data: str | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    overwrite: bool = False
+
+
+def run(argv: Sequence[str]) -> int:
+    """Export as the words say."""
+    options = parse("export", ExportOptions, argv, positionals=[("source", "?"), ("target", "?")])
+    if not options.source:
+        raise UsageError("name what to export: vmamba export SOURCE [OUT], where OUT ends in .onnx or .pt2")
+    format = options.format or ("program" if (options.target or "").endswith(".pt2") else "onnx")
+    if options.img_size is not None and options.img_size < 32:
+        raise ValueError(f"img_size must be 32 or more, not {options.img_size}")
+    if options.data and options.task != "classification":
+        raise ValueError("--data measures accuracy, which is a matter of --task classification")
+    from vmamba.cli.opening import open_model
+    from vmamba.deployment.export import export
+    from vmamba.deployment.files import SUFFIXES
+
+    name = Path(options.source).stem or options.source
+    target = Path(options.target or f"{name}{SUFFIXES[format]}")
+    opened = _untrained(options.source) if not options.pretrained else open_model(options.source, "cpu")
+    print(f"exporting {opened.name} to {target} ({format}, {options.precision})", file=sys.stderr)
+    report = export(
+        _model(opened, options.task),
+        target,
+        _description(opened, options.task),
+        format=format,
+        precision=options.precision,
+        quantization=options.quantization,
+        device=options.device,
+        photographs=_photographs(options.images),
+        img_size=None if options.img_size is None else (options.img_size, options.img_size),
+        overwrite=options.overwrite,
+    )
+    _print(report)
+    if options.data:
+        _print_accuracy(opened, target, options.data, options.device)
+    return 0
+
+
+def _untrained(name: str) -> OpenedModel:
+    """Build a variant with fresh weights, for trying things out."""
+    import torch
+
+    from vmamba.cli.opening import OpenedModel
+    from vmamba.data.transforms import Preprocessing
+    from vmamba.models.registry import create_model
+
+    torch.manual_seed(0)
+    model = create_model(name).eval()
+    size = model.config.img_size
+    preprocessing = Preprocessing(img_size=size if isinstance(size, int) else max(size))
+    return OpenedModel(model, f"{name} (not trained)", None, preprocessing, {}, torch.device("cpu"))
+
+
+def _model(opened: OpenedModel, task: str) -> nn.Module:
+    if task == "classification":
+        return opened.model
+    from vmamba.deployment.program import FeatureMaps
+
+    return FeatureMaps(opened.model)
+
+
+def _description(opened: OpenedModel, task: Literal["classification", "features"]) -> Description:
+    from vmamba.deployment.export import sha256_of
+    from vmamba.deployment.files import Description
+    from vmamba.models.config import variant_name
+
+    stages = len(opened.model.config.depths)
+    file = Path(opened.name)
+    return Description(
+        model=variant_name(opened.model.config) or "VMamba",
+        task=task,
+        outputs=("logits",) if task == "classification" else tuple(f"stage{i}" for i in range(stages)),
+        labels=opened.labels or (),
+        preprocessing=opened.preprocessing.to_dict(),
+        source=opened.name,
+        source_sha256=sha256_of(file) if file.is_file() else "",
+    )
+
+
+def _photographs(words: Sequence[str] | None) -> list[Image.Image] | None:
+    if not words:
+        return None
+    from vmamba.cli.predict import find_images
+    from vmamba.data.images import read_image
+
+    return [read_image(path) for path in find_images(words)]
+
+
+def _print(report: ExportReport) -> None:
+    for difference in report.differences:
+        batch, height, width = difference.shape
+        print(f"  {batch} × {height}×{width}: differs by {difference.relative:.1e}, {1e3 * difference.seconds:.0f} ms")
+    print(f"largest difference from the model in PyTorch: {report.largest:.1e} (allowed: {report.bound:.0e})")
+    print(f"wrote {report.path} ({report.megabytes:.1f} MB)")
+
+
+def _print_accuracy(opened: OpenedModel, target: Path, data: str, device: str) -> None:
+    from vmamba.data.sources import ImageSet, open_source, with_labels
+    from vmamba.deployment.accuracy import compare_on
+    from vmamba.deployment.files import load_exported
+
+    source = open_source(data)
+    images = source.held_out
+    if opened.labels:
+        images = with_labels(images, source.classes, opened.labels)
+    if not isinstance(images, ImageSet):
+        raise ValueError("--data must name image files or a small data set here, not shards")
+    compared = compare_on(images, opened.model, load_exported(target, device=device), opened.preprocessing.transform())
+    print(
+        f"accuracy on {compared.count} held-out images: {compared.exported:.2%}, the model's {compared.model:.2%}; "
+        f"{compared.speedup:.2f} times as fast as the model in PyTorch"
+    )
