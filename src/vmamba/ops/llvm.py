@@ -16,11 +16,26 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import llvmlite.binding as llvm
 import torch
-from llvmlite import ir
 from torch import Tensor
 
+try:
+    import llvmlite
+    import llvmlite.binding as llvm
+    from llvmlite import ir
+except OSError as error:  # installed, but its library does not load
+    raise ImportError(f"llvmlite cannot be loaded: {error}") from error
+
+_OLDEST = (0, 46)
+
+
+def _check_version(version: str) -> None:
+    """Raise ImportError for an llvmlite that something else brought along and that writes another language."""
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+        raise ImportError(f"llvmlite {version} is older than {'.'.join(map(str, _OLDEST))}")
+
+
+_check_version(llvmlite.__version__)
 log = logging.getLogger(__name__)
 
 F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
