@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vmamba.models.config import VMambaConfig
+from vmamba.models.hub import HubMixin
 from vmamba.models.layers import DropPath, Mlp, make_downsample, make_norm, make_stem
 from vmamba.models.ss2d import SS2D
 
@@ -98,7 +99,7 @@ class Head(nn.Module):
         self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
 
 
-class VMamba(nn.Module):
+class VMamba(nn.Module, HubMixin):
     """The VMamba backbone and classifier.
 
     Args:
