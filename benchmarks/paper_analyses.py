@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("check", "ladder", "scaling"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.25, help="a turn of a model lasts about this long")
+    parser.add_argument("--compile-training", action="store_true", help="also time the compiled row in training")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -75,8 +76,9 @@ def main() -> None:
         inference = measure_ladder("cuda", modes=["inference"], **pace)
         write_csv(arguments.output / "ladder.csv", ladder_table(inference, "cuda"))
         show(inference)
-        training = measure_ladder("cuda", modes=["training"], **pace)
-        rows = [replace(row, training=other.training) for row, other in zip(inference, training, strict=True)]
+        eager = [step for step in LADDER if arguments.compile_training or not step.compiled]
+        training = {row.step: row.training for row in measure_ladder("cuda", steps=eager, modes=["training"], **pace)}
+        rows = [replace(row, training=training.get(row.step)) for row in inference]
         write_csv(arguments.output / "ladder.csv", ladder_table(rows, "cuda"))
         show(rows)
     if arguments.only in (None, "scaling"):

@@ -167,7 +167,7 @@ def draw_fields(fields: Mapping[str, Tensor], squares: Mapping[str, int]) -> Fig
     columns = min(4, len(fields))
     rows = -(-len(fields) // columns)
     shape = max(field.shape[0] / field.shape[1] for field in fields.values())
-    figure, grid = new_figure(0.5 + rows * (6.4 / columns * shape + 0.75), rows, columns, squeeze=False)
+    figure, grid = new_figure(rows * (6.4 / columns * shape + 0.75), rows, columns, squeeze=False)
     image: Any = None
     for axes, (name, field) in zip(grid.flat, fields.items(), strict=False):
         height, width = field.shape
@@ -181,8 +181,9 @@ def draw_fields(fields: Mapping[str, Tensor], squares: Mapping[str, int]) -> Fig
         axes.set_yticks([0, height // 2, height - 1], ["0", f"{height // 2}", f"{height - 1}"], fontsize=8)
     for unused in grid.flat[len(fields) :]:
         unused.remove()
-    figure.supxlabel("pixels", fontsize=9)
-    bar = figure.colorbar(image, ax=grid, location="right", shrink=0.8, fraction=0.05)
+    for axes in list(grid.flat[: len(fields)])[-columns:]:
+        axes.set_xlabel("pixels", fontsize=8)
+    bar = figure.colorbar(image, ax=list(grid.flat[: len(fields)]), location="right", shrink=0.8, fraction=0.05)
     bar.set_ticks([-4, -3, -2, -1, 0], labels=["$10^{-4}$", "$10^{-3}$", "$10^{-2}$", "$10^{-1}$", "1"])
     bar.set_label("contribution, share of the largest")
     return figure
@@ -227,7 +228,7 @@ def draw_maps(image: Image, maps: Mapping[str, Tensor], query: tuple[int, int] |
             axes.plot(query[1], query[0], marker="P", markersize=9, color="#39ff7a", markeredgecolor="black")
     for unused in grid.flat[len(maps) + 1 :]:
         unused.remove()
-    bar = figure.colorbar(drawn, ax=grid, location="bottom", shrink=0.6, aspect=40)
+    bar = figure.colorbar(drawn, ax=list(grid.flat[: len(maps) + 1]), location="bottom", shrink=0.6, aspect=40)
     bar.set_label(f"{label}; 1 is the 99.5th percentile, {highest:.3g}", fontsize=9)
     return figure
 
@@ -256,7 +257,7 @@ def draw_routes(image: Image, grid: tuple[int, int], routes: str = "cross2d") ->
         lines = _draw_route(axes, image, route, height, width)
     for unused in axes_grid.flat[len(distinct) :]:
         unused.remove()
-    bar = figure.colorbar(lines, ax=axes_grid, location="bottom", shrink=0.6, aspect=40)
+    bar = figure.colorbar(lines, ax=list(axes_grid.flat[: len(distinct)]), location="bottom", shrink=0.6, aspect=40)
     bar.set_label("order of reading", fontsize=9)
     bar.set_ticks([lines.norm.vmin, lines.norm.vmax], labels=["first", "last"])
     return figure

@@ -204,10 +204,10 @@ class LadderRow:
         return {mode: m.images_per_second if m else None for mode, m in speeds.items()}  # type: ignore[misc]
 
 
-def count_ladder(img_size: tuple[int, int] = (224, 224)) -> list[LadderRow]:
-    """Give parameters and FLOPs of every step, without running one."""
+def count_ladder(img_size: tuple[int, int] = (224, 224), *, steps: Sequence[Step] | None = None) -> list[LadderRow]:
+    """Give parameters and FLOPs of every step (or of some), without running one."""
     rows = []
-    for step in LADDER:
+    for step in LADDER if steps is None else steps:
         with torch.device("meta"):
             model = create_model(step.model)
         gflops = count_flops(model, img_size).total / 1e9
@@ -218,6 +218,7 @@ def count_ladder(img_size: tuple[int, int] = (224, 224)) -> list[LadderRow]:
 def measure_ladder(
     device: torch.device | str,
     *,
+    steps: Sequence[Step] | None = None,
     img_size: tuple[int, int] = (224, 224),
     batch_size: int = 128,
     precision: Precision = "autocast-bfloat16",
@@ -232,6 +233,7 @@ def measure_ladder(
 
     Args:
         device: where.
+        steps: which of `LADDER`; None for all.
         img_size: (height, width) in pixels.
         batch_size: images in a batch.
         precision: see `Workload`; the published runs used "autocast-float16".
@@ -241,10 +243,10 @@ def measure_ladder(
         report: called with a line of progress.
 
     Returns:
-        A row for each step of `LADDER`.
+        A row for each step.
     """
     device = torch.device(device)
-    ladder = [replace(row, reason=_why_not(row.step, device)) for row in count_ladder(img_size)]
+    ladder = [replace(row, reason=_why_not(row.step, device)) for row in count_ladder(img_size, steps=steps)]
     runnable = {row.step.label: row.step for row in ladder if row.reason is None}
     speeds: dict[Mode, dict[str, Measurement]] = {}
     for mode in modes:

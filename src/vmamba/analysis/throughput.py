@@ -185,11 +185,13 @@ def measure(
         ValueError: a model is unknown, or does not fit the device with a single image.
     """
     device = torch.device(device)
-    ready = []
+    ready, calls = [], []
     for workload in workloads:
         report(f"preparing {workload.model} ({workload.mode}, {workload.precision}, {workload.compiled})")
         ready.append(_prepare(workload, device, report, build))
-    calls = [max(1, round(seconds_a_round / runner.seconds(2))) for runner, _, _ in ready]
+        seconds = ready[-1][0].seconds(2)
+        report(f"{workload.model}: about {1e3 * seconds:.2f} ms a batch")
+        calls.append(max(1, round(seconds_a_round / seconds)))
     times: list[list[float]] = [[] for _ in ready]
     for turn in range(rounds):
         report(f"round {turn + 1} of {rounds}")
