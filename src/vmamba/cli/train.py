@@ -17,7 +17,7 @@ def run(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from vmamba.training.engine import TrainingInterruptedError, train
-    from vmamba.training.processes import is_speaker
+    from vmamba.training.processes import is_speaker, leave
 
     console = Console()
     try:
@@ -26,6 +26,7 @@ def run(argv: Sequence[str]) -> int:
         if is_speaker():
             print(f"vmamba train: {interrupted}", file=sys.stderr)
         return interrupted.exit_status
+    leave()
     if not result.is_main:
         return 0
     report, folder = result.report, result.folder

@@ -29,7 +29,7 @@ from vmamba.training.guards import (
     requeue_slurm_job,
 )
 from vmamba.training.pictures import draw_curves
-from vmamba.training.processes import lost_process, model_state, optimizer_state, release
+from vmamba.training.processes import finish, lost_process, model_state, optimizer_state, release
 from vmamba.training.recipe import RunOptions
 from vmamba.training.run import Measured, Run, memory_advice, prepare
 from vmamba.training.run_folder import RunFolder
@@ -93,7 +93,7 @@ def train(
             run = prepare(recipe, console, guard, run_name, make_task)
             with run.watch, run.progress:
                 report = _train_epochs(run)
-            run.accelerator.end_training()
+            finish(run.accelerator)
     except LoaderError as error:
         raise TrainingFailedError(str(error)) from None
     except RuntimeError as error:
@@ -256,7 +256,8 @@ def _log_step(run: Run, norm: float) -> None:
     speed = {"images_per_second": position.seen / seconds, "data_wait": position.waited / seconds}
     run.progress.show(position.epoch, position.step, figures, speed, memory)
     record = {"kind": "step", "epoch": position.epoch + 1, "step": position.updates, **figures, "lr": lr}
-    _on_main_record(run, {**record, "gradient_norm": norm, **speed, **({"gib": memory} if memory else {})})
+    record |= {"gradient_norm": norm, "images": position.seen, "seconds": position.seconds, **speed}
+    _on_main_record(run, record | ({"gib": memory} if memory else {}))
     logged = {**figures, "lr": lr, "gradient_norm": norm, **speed}
     run.accelerator.log({f"train/{name}": value for name, value in logged.items()}, step=position.updates)
 
@@ -355,7 +356,7 @@ def _stop_if_asked(run: Run) -> None:
     queued = ""
     if run.recipe.guards.requeue and run.guard.agreed == getattr(signal, "SIGUSR1", None):
         queued = f"; {run.together.on_main(requeue_slurm_job)}"
-    run.accelerator.end_training()
+    finish(run.accelerator)
     where = f"epoch {run.position.epoch + 1} of {run.recipe.epochs}, update {run.position.step} of {run.loader.steps}"
     raise TrainingInterruptedError(
         f"stopped and saved in {where}; go on with: vmamba train --resume {shlex.quote(str(run.folder.path))}{queued}",

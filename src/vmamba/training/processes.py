@@ -143,6 +143,18 @@ def pick_device(device: str) -> str:
     return {"auto": "cuda" if has_cuda else "cpu"}.get(device, device)
 
 
+def finish(accelerator: Accelerator) -> None:
+    """Close the trackers. The group of processes stays, for another run in it; `leave` ends it."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def leave() -> None:
+    """End the group of processes, if there is one: the last thing a program does."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def release() -> None:
     """Forget accelerate's state, of which it keeps one for the process; the next run may want another device."""
     AcceleratorState._reset_state(reset_partial_state=True)
