@@ -112,7 +112,7 @@ def fuse_for_cpu(model: VMamba) -> VMamba:
     """Make a copy of a model that infers faster on the CPU; the way back is the model itself, which is left alone.
 
     The copy gives what the model gives in evaluation mode, within rounding of float32, for images of any size. It
-    cannot be trained, saved, cast, moved or compiled.
+    cannot be trained, saved, copied, cast or moved.
 
     Args:
         model: in float32, on the CPU; of any configuration.

@@ -23,8 +23,8 @@ try:
     import llvmlite
     import llvmlite.binding as llvm
     from llvmlite import ir
-except OSError as error:  # installed, but its library does not load
-    raise ImportError(f"llvmlite cannot be loaded: {error}") from error
+except (ImportError, OSError) as error:  # OSError: installed, but its library does not load
+    raise ImportError(f"it needs llvmlite, which `pip install 'vmamba[cpu]'` brings: {error}") from error
 
 _OLDEST = (0, 46)
 
@@ -32,7 +32,7 @@ _OLDEST = (0, 46)
 def _check_version(version: str) -> None:
     """Raise ImportError for an llvmlite that something else brought along and that writes another language."""
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
-        raise ImportError(f"llvmlite {version} is older than {'.'.join(map(str, _OLDEST))}")
+        raise ImportError(f"llvmlite {version} is older than {'.'.join(map(str, _OLDEST))}, which this needs")
 
 
 _check_version(llvmlite.__version__)
