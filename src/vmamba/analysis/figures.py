@@ -164,10 +164,10 @@ def draw_fields(fields: Mapping[str, Tensor], squares: Mapping[str, int]) -> Fig
     """
     from matplotlib.patches import Rectangle
 
-    columns = min(4, len(fields))
+    columns = 2 if len(fields) == 4 else min(3, len(fields))
     rows = -(-len(fields) // columns)
     shape = max(field.shape[0] / field.shape[1] for field in fields.values())
-    figure, grid = new_figure(rows * (6.4 / columns * shape + 0.75), rows, columns, squeeze=False)
+    figure, grid = new_figure(1.3 + rows * (7.0 / columns * shape + 0.65), rows, columns, squeeze=False)
     image: Any = None
     for axes, (name, field) in zip(grid.flat, fields.items(), strict=False):
         height, width = field.shape
@@ -176,14 +176,14 @@ def draw_fields(fields: Mapping[str, Tensor], squares: Mapping[str, int]) -> Fig
         side = squares[name]
         corner = (width // 2 - side / 2, height // 2 - side / 2)
         axes.add_patch(Rectangle(corner, side, side, fill=False, color="white", linewidth=1.2, clip_on=True))
-        axes.set_title(f"{name}\nhalf within {side} px", fontsize=9 if columns < 4 else 8)
+        axes.set_title(f"{name}\nhalf within {side} px", fontsize=9)
         axes.set_xticks([0, width // 2, width - 1], ["0", f"{width // 2}", f"{width - 1}"], fontsize=8)
         axes.set_yticks([0, height // 2, height - 1], ["0", f"{height // 2}", f"{height - 1}"], fontsize=8)
     for unused in grid.flat[len(fields) :]:
         unused.remove()
     for axes in list(grid.flat[: len(fields)])[-columns:]:
         axes.set_xlabel("pixels", fontsize=8)
-    bar = figure.colorbar(image, ax=list(grid.flat[: len(fields)]), location="right", shrink=0.8, fraction=0.05)
+    bar = figure.colorbar(image, ax=list(grid.flat[: len(fields)]), location="bottom", shrink=0.6, aspect=40)
     bar.set_ticks([-4, -3, -2, -1, 0], labels=["$10^{-4}$", "$10^{-3}$", "$10^{-2}$", "$10^{-1}$", "1"])
     bar.set_label("contribution, share of the largest")
     return figure
