@@ -1,4 +1,4 @@
-"""Train on one GPU and on several, by the engine: images per second with made-up and with decoded images, and gradients.
+"""Train on one GPU and on several by the engine: images per second with made-up and decoded images, and gradients.
 
     python benchmarks/data_parallel.py --output out
     torchrun --nproc-per-node 2 benchmarks/data_parallel.py --output out --compare out/1.json
