@@ -1,19 +1,30 @@
 """Measure the paper's acceleration ladder and resolution scaling on this GPU; write CSV files into a folder.
 
 Every figure, into benchmarks/results: `python benchmarks/paper_analyses.py`; one of them, elsewhere: `--only ladder
---output FOLDER`; that every step of the ladder computes what the model does: `--only check`.
+--output FOLDER`; that every step of the ladder computes what the model does: `--only check`. `--only report` needs no
+GPU: it prints the ladder of results/ladder.csv as Markdown and draws docs/figures/ladder.png.
 """
 
 import argparse
+import csv
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from vmamba.analysis.ladder import LADDER, LadderRow, StepSS2D, build_step, ladder_table, measure_ladder, reversals
+from vmamba.analysis.ladder import (
+    LADDER,
+    LadderRow,
+    StepSS2D,
+    build_step,
+    count_ladder,
+    ladder_table,
+    measure_ladder,
+    reversals,
+)
 from vmamba.analysis.scaling import SIZES, measure_scaling, scaling_table
-from vmamba.analysis.throughput import write_csv
+from vmamba.analysis.throughput import Measurement, Workload, write_csv
 
 PEERS = ("vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "deit_small_patch16_224")
 START = time.perf_counter()
@@ -55,14 +66,60 @@ def show(rows: list[LadderRow]) -> None:
         print(f"{mode}: the paper's order of neighbours is reversed for {reversals(rows, mode) or 'none'}", flush=True)
 
 
+def report(path: Path) -> None:
+    """Print a measured ladder as Markdown, published figures beside, and draw its staircase."""
+    from vmamba.analysis.figures import draw_ladder, save_figure
+
+    with path.open() as stream:
+        records = {record["step"]: record for record in csv.DictReader(stream)}
+    rows = []
+    for row in count_ladder():
+        record = records[row.step.label]
+        speeds = {}
+        for mode in ("inference", "training"):
+            if record[f"measured_{mode}"]:
+                speed = float(record[f"measured_{mode}"])
+                peak = float(record[f"peak_mib_{mode}"])
+                speeds[mode] = Measurement(Workload(row.step.label), row.params, 0.0, 0.0, speed, peak, 0.0)
+        rows.append(replace(row, **speeds))
+    facts = records[rows[0].step.label]
+    machine = f"{facts['device']}, torch {facts['torch']}, commit {facts['commit']}"
+    print(
+        f"Images a second; batch {facts['batch_size']}, {facts['precision']}, 224², {machine}; published on one A100.\n"
+    )
+    print(
+        "| step | change | params, M | GFLOPs | inference: published | measured | training: published | measured | GiB |"
+    )
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        published = [str(value or "–") for value in (row.step.throughput, row.step.train_throughput)]
+        here = [f"{value:,.0f}" if value else "–" for value in row.measured.values()]
+        memory = (
+            "–" if not (row.training and row.training.peak_memory_mib) else f"{row.training.peak_memory_mib / 1024:.1f}"
+        )
+        cells = [row.step.label, row.step.change, f"{row.params / 1e6:.1f}", f"{row.gflops:.2f}"]
+        print("| " + " | ".join([*cells, published[0], here[0], published[1], here[1], memory]) + " |")
+    for mode in ("inference", "training"):
+        pairs = ", ".join(f"{a}–{b}" for a, b in reversals(rows, mode))
+        print(f"\nNeighbours that go the other way than published, {mode}: {pairs or 'none'}.")
+    png, svg = save_figure(
+        draw_ladder(rows, facts["device"]), Path(__file__).parents[1] / "docs" / "figures" / "ladder.png"
+    )
+    svg.unlink()
+    print(f"\n![the ladder as a staircase](figures/{png.name})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("check", "ladder", "scaling"))
+    parser.add_argument("--only", choices=("check", "ladder", "scaling", "report"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.25, help="a turn of a model lasts about this long")
     parser.add_argument("--compile-training", action="store_true", help="also time the compiled row in training")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
+    if arguments.only == "report":
+        report(arguments.output / "ladder.csv")
+        return
     if not torch.cuda.is_available():
         parser.error("no CUDA device is here; these figures are measured on one")
     pace = {"rounds": arguments.rounds, "seconds_a_round": arguments.seconds, "report": say}
