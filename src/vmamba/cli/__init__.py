@@ -18,8 +18,23 @@ COMMANDS = {
     "analyze": "FLOPs, the paper's ladder, scaling, receptive fields, attention maps, routes",
     "doctor": "show versions, devices and which backends can run here",
     "convert": "turn weights of any origin into safetensors, or into the published layout",
+    "export": "write a model as ONNX, torch.export program or AOTInductor package, and prove the file",
+    "serve": "answer HTTP requests with what is in their images",
+    "demo": "open a web page: drop an image, see what the model sees",
+    "embed": "turn images into vectors: a folder or shards into Parquet or NumPy",
 }
-_EXTRA_PACKAGES = {"accelerate", "matplotlib", "sklearn", "tensorboard", "torchmetrics"}
+# Package -> the extra that brings it, where that is not `train`.
+_EXTRAS = {
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "gradio": "demo",
+    "pyarrow": "embed",
+}
+_EXTRA_PACKAGES = {"accelerate", "matplotlib", "sklearn", "tensorboard", "torchmetrics", *_EXTRAS}
 _BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
 
 
@@ -54,9 +69,11 @@ def _guarded(command: str, words: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA_PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA_PACKAGES:
             raise
-        return _complain(name, f"needs the package {error.name}: pip install 'vmamba[train]'", _BAD_INPUT)
+        extra = _EXTRAS.get(package, "train")
+        return _complain(name, f"needs the package {error.name}: pip install 'vmamba[{extra}]'", _BAD_INPUT)
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("VMAMBA_TRACEBACK"):
             raise
@@ -77,7 +94,7 @@ def _run(command: str, words: Sequence[str]) -> int:
 
 
 def _is_expected(error: RuntimeError) -> bool:
-    return type(error).__name__ in ("TrainingFailedError", "OutOfMemoryError")
+    return type(error).__name__ in ("TrainingFailedError", "OutOfMemoryError", "ExportFailedError")
 
 
 def _sentence(error: Exception) -> str:
