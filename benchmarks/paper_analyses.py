@@ -85,11 +85,10 @@ def report(path: Path) -> None:
     facts = records[rows[0].step.label]
     machine = f"{facts['device']}, torch {facts['torch']}, commit {facts['commit']}"
     print(
-        f"Images a second; batch {facts['batch_size']}, {facts['precision']}, 224², {machine}; published on one A100.\n"
+        f"Images a second: batch {facts['batch_size']}, {facts['precision']}, 224², {machine}.\nPublished: one A100.\n"
     )
-    print(
-        "| step | change | params, M | GFLOPs | inference: published | measured | training: published | measured | GiB |"
-    )
+    columns = ("inference, published", "measured", "training, published", "measured", "memory, GiB")
+    print("| step | change | params, M | GFLOPs |", " | ".join(columns), "|")
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
         published = [str(value or "–") for value in (row.step.throughput, row.step.train_throughput)]
