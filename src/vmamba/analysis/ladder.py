@@ -79,9 +79,7 @@ LADDER: tuple[Step, ...] = (
     Step("(a)", "Triton cross-scan and cross-merge", "vmambav0_tiny_224_a1", _TRITON, 165),
     Step("(b)", "scan reads 16 bits, gives 32", "vmambav0_tiny_224_a2", _NARROW, 184),
     Step("(c)", "linear layers for einsum, no layout copies", "vmambav0_tiny_224_a3", _LINEAR, 195),
-    Step(
-        "(d)", "MLP branch, new stem and downsampling, no DWConv, depths 2-2-2-2", "vmambav0_tiny_224_a7", _LINEAR, 248
-    ),
+    Step("(d)", "MLP, new stem and downsampling, no DWConv, depths 2-2-2-2", "vmambav0_tiny_224_a7", _LINEAR, 248),
     Step("(d.1)", "ssm_ratio 2 → 1", "vmambav0_tiny_224_a7a", _LINEAR, 405),
     Step("(d.2)", "depths 2-2-5-2", "vmambav0_tiny_224_a8", _LINEAR, 348),
     Step("(e)", "no multiplicative branch", "vmambav2_tiny_224_a9d", _LINEAR, 360),
