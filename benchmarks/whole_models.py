@@ -76,7 +76,9 @@ def profile(workload: Workload) -> None:
     """Print milliseconds a batch by kernel, the digits in names that number compiled kernels left out."""
     runner = Runner(workload, torch.device("cuda"))
     runner.seconds(3)
-    calls = 5
+    torch.cuda.reset_peak_memory_stats()
+    runner.seconds(3)
+    peak, calls = torch.cuda.max_memory_allocated() / 2**20, 5
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
         runner.seconds(calls)
     total: Counter[str] = Counter()
@@ -86,7 +88,7 @@ def profile(workload: Workload) -> None:
             name = re.sub(r"(_\d+)+$", "", event.name)[:110]
             total[name] += event.device_time / calls / 1e3
             count[name] += 1
-    print(f"{workload}: {sum(total.values()):.3f} ms of kernels a batch")
+    print(f"{workload}: {sum(total.values()):.3f} ms of kernels a batch, peak {peak:,.0f} MiB")
     for name, ms in total.most_common(45):
         print(f"  {ms:8.4f} ms {count[name] / calls:6.1f} x  {name}")
 

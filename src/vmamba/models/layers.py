@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmamba.ops.layer_norm.api import layer_norm, skip_norm
+
 ACTIVATIONS: Mapping[str, type[nn.Module]] = MappingProxyType(
     {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "sigmoid": nn.Sigmoid}
 )
@@ -21,6 +23,18 @@ class LayerNorm(nn.LayerNorm):
         if x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+    def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Normalise (..., C) in float32 and round once to `dtype`."""
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype)
+
+    def with_skip(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x for the residual and its norm in the dtype that products run in; see `skip_norm`."""
+        kind = x.device.type
+        # Meta tensors have no autocast, and asking torch.amp which devices have breaks the graph in torch 2.11.
+        cast = kind != "meta" and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
+        return skip_norm(x, self.weight, self.bias, self.eps, dtype)
 
 
 class BatchNorm(nn.BatchNorm2d):

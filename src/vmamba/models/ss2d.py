@@ -107,7 +107,8 @@ class SS2D(nn.Module):
             x = self.conv2d(x)
         x = self.act(x)
         y = self._cascade(x) if self.routes == "cascade2d" else self._scan(x)
-        y = self.out_act(self.out_norm(y).to(x.dtype))
+        norm = self.out_norm
+        y = self.out_act(norm.rounded(y, x.dtype) if isinstance(norm, LayerNorm) else norm(y).to(x.dtype))
         if z is not None:
             y = y * z
         return self.dropout(self.out_proj(y))
@@ -137,6 +138,8 @@ class SS2D(nn.Module):
             width=W,
             routes=routes,
             flip_back=flip_back,
+            # What comes next is a norm that rounds to the same dtype: half the bytes, and the sum was in float32.
+            out_dtype=x.dtype,
             backend=self.backend,
         )
         return y.view(x.shape[0], H, W, self.d_inner)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vmamba.models.config import VMambaConfig
 from vmamba.models.hub import HubMixin
-from vmamba.models.layers import DropPath, Mlp, make_downsample, make_norm, make_stem
+from vmamba.models.layers import DropPath, LayerNorm, Mlp, make_downsample, make_norm, make_stem
 from vmamba.models.ss2d import SS2D
 
 
@@ -58,13 +58,16 @@ class VSSBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, D) to (B, H, W, D)."""
         if self.op is not None and self.norm is not None:
-            x = x + self.drop_path(self._branch(self.op, self.norm, x))
+            x = self._branch(self.op, self.norm, x)
         if self.mlp is not None and self.norm2 is not None:
-            x = x + self.drop_path(self._branch(self.mlp, self.norm2, x))
+            x = self._branch(self.mlp, self.norm2, x)
         return x
 
     def _branch(self, op: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-        return norm(op(x)) if self.post_norm else op(norm(x))
+        if self.post_norm:
+            return x + self.drop_path(norm(op(x)))
+        x, normed = norm.with_skip(x) if isinstance(norm, LayerNorm) else (x, norm(x))
+        return x + self.drop_path(op(normed))
 
 
 class Stage(nn.Module):

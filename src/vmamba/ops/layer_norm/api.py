@@ -1,0 +1,112 @@
+"""LayerNorm over channels for training: the result in the dtype that is wanted, the backward pass in one kernel.
+
+On a GPU with Triton the backward pass is `triton_kernels`; everywhere else it is torch's. The forward pass is torch's
+own operator in either case, so that a compiler can fuse it with what comes before.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_HAS_TRITON = find_spec("triton") is not None
+
+
+def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    """Normalise over the last dimension in float32 and round once.
+
+    Args:
+        x: (..., D).
+        gamma: (D), scale.
+        beta: (D), shift.
+        eps: added to the variance.
+        out_dtype: of the result.
+
+    Returns:
+        (..., D) of out_dtype.
+    """
+    if _takes_kernel(x):
+        y: Tensor = _LayerNorm.apply(x, gamma, beta, eps, out_dtype)[0]
+        return y
+    return _plain(x, gamma, beta, eps, out_dtype)
+
+
+def skip_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return x and its norm: the two ways into a residual block, whose gradients come back in one pass.
+
+    Args:
+        x: (..., D).
+        gamma: (D), scale.
+        beta: (D), shift.
+        eps: added to the variance.
+        out_dtype: of the norm.
+
+    Returns:
+        x itself and (..., D) of out_dtype. Take the first for the residual: its gradient is then added in the kernel.
+    """
+    if _takes_kernel(x):
+        y, skip, _, _ = _LayerNorm.apply(x, gamma, beta, eps, out_dtype)
+        return skip, y
+    return x, _plain(x, gamma, beta, eps, out_dtype)
+
+
+def _takes_kernel(x: Tensor) -> bool:
+    # Without gradients the plain form leaves more to the compiler, and float64 is for checks.
+    return x.is_cuda and _HAS_TRITON and torch.is_grad_enabled() and x.dtype != torch.float64
+
+
+def _plain(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32) if out_dtype != x.dtype or gamma.dtype != x.dtype else x.dtype
+    # Under autocast F.layer_norm works in float32 by itself.
+    return F.layer_norm(x.to(wide), gamma.shape, gamma.to(wide), beta.to(wide), eps).to(out_dtype)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, mean, rstd = torch.native_layer_norm(x.float(), gamma.shape, gamma.float(), beta.float(), eps)
+        return y.to(out_dtype), x.view_as(x), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, gamma, beta, _, _ = inputs
+        _, _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, gamma, mean, rstd)
+        ctx.beta_dtype = beta.dtype
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, skip: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        x, gamma, mean, rstd = ctx.saved_tensors
+        if dy is None:
+            return skip, None, None, None, None
+        dx, dgamma, dbeta = _backward(dy, skip, x, mean, rstd, gamma)
+        return dx, dgamma.to(gamma.dtype), dbeta.to(ctx.beta_dtype), None, None
+
+
+@torch.library.custom_op("vmamba::layer_norm_backward", mutates_args=())
+def _backward(
+    dy: Tensor, skip: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from vmamba.ops.layer_norm import triton_kernels
+
+    rows = [None if t is None else t.reshape(-1, x.shape[-1]).contiguous() for t in (dy, skip, x)]
+    assert rows[0] is not None
+    assert rows[2] is not None
+    dx, dgamma, dbeta = triton_kernels.backward(
+        rows[0], rows[1], rows[2], mean.contiguous(), rstd.contiguous(), gamma.contiguous()
+    )
+    return dx.view(x.shape), dgamma.clone(), dbeta.clone()
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor, skip: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = gamma.new_empty(gamma.shape, dtype=torch.float32)
+    return x.new_empty(x.shape), sums, torch.empty_like(sums)

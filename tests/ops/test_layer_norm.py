@@ -1,0 +1,103 @@
+"""LayerNorm with its backward pass in one kernel, against float64."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vmamba
+from vmamba.ops.layer_norm.api import layer_norm, skip_norm
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SHAPES = [((37, 20), True), ((5, 32), False), ((2, 3, 7, 96), True)]
+
+
+def gradients(
+    dtype: torch.dtype, x: torch.Tensor, parameters: list[torch.Tensor], grads: list[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Differentiate the plain composition: the norm, and x going round it."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *parameters)]
+    y = F.layer_norm(leaves[0], leaves[1].shape, leaves[1], leaves[2])
+    return torch.autograd.grad([y, leaves[0] * 1], leaves, [g.to(dtype) for g in grads])
+
+
+def make(shape: tuple[int, ...], device: str) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=device) + 0.5
+    return x, [torch.randn(shape[-1], device=device) for _ in range(2)], [torch.randn_like(x) for _ in range(2)]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_kernel_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the test above starts")
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+@pytest.mark.parametrize(("shape", "skip"), SHAPES)
+def test_kernel(shape: tuple[int, ...], skip: bool, assert_accurate: Callable[..., None]) -> None:
+    from vmamba.ops.layer_norm.triton_kernels import layer_norm_bwd_kernel
+
+    x, (gamma, beta), (dy, dskip) = make(shape, "cpu")
+    _, mean, rstd = torch.native_layer_norm(x, gamma.shape, gamma, beta, 1e-5)
+    M, D, programs = x.numel() // x.shape[-1], x.shape[-1], 3
+    dx, partial = torch.full_like(x, torch.nan), torch.full((programs, 2, D), torch.nan)
+    pointers = (dy, dskip if skip else None, x, mean, rstd, gamma, dx, partial)
+    layer_norm_bwd_kernel[(programs,)](*pointers, M, D, skip, 4, 128 if D > 32 else 32)
+    grads = [dy, dskip if skip else torch.zeros_like(dy)]
+    results = [gradients(dtype, x, [gamma, beta], grads) for dtype in (torch.float64, torch.float32)]
+    for name, ours, exact, plain in zip(["x", "gamma", "beta"], (dx, *partial.sum(0)), *results, strict=True):
+        assert_accurate(ours, plain, exact, name)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
+def test_off_the_gpu_it_is_torchs() -> None:
+    x, (gamma, beta), _ = make((2, 5, 24), "cpu")
+    skip, y = skip_norm(x, gamma, beta, 1e-5, torch.float32)
+    assert skip is x
+    torch.testing.assert_close(y, F.layer_norm(x, (24,), gamma, beta), rtol=0, atol=0)
+    low = layer_norm(x.bfloat16(), gamma, beta, 1e-5, torch.bfloat16)
+    torch.testing.assert_close(low, F.layer_norm(x.bfloat16().float(), (24,), gamma, beta).bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 1), (7, 96), (2, 57, 3, 192), (3, 1000), (1025, 768), (4, 1536), (70001, 33)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients(shape: tuple[int, ...], compiled: bool, assert_accurate: Callable[..., None]) -> None:
+    x, parameters, grads = make(shape, "cuda")
+    leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
+
+    def run(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        skip, y = skip_norm(x, gamma, beta, 1e-5, torch.float32)
+        return y, skip * 1
+
+    step = torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
+    ours = torch.autograd.grad(step(*leaves), leaves, grads)
+    results = [gradients(dtype, x, parameters, grads) for dtype in (torch.float64, torch.float32)]
+    for name, actual, exact, plain in zip(["x", "gamma", "beta"], ours, *results, strict=True):
+        assert_accurate(actual, plain, exact, name)
+
+
+@pytest.mark.gpu
+def test_a_model_trains_alike_with_it() -> None:
+    torch.manual_seed(0)
+    model = vmamba.create_model("vmamba_test").cuda().double()
+    single = copy.deepcopy(model).float()
+    x = torch.randn(4, 3, 64, 64, device="cuda")
+    model(x.double()).square().mean().backward()  # float64 takes torch's own backward pass
+    single(x).square().mean().backward()
+    for (name, exact), ours in zip(model.named_parameters(), single.parameters(), strict=True):
+        assert exact.grad is not None
+        assert ours.grad is not None
+        error = (ours.grad - exact.grad).norm() / exact.grad.norm().clamp_min(1e-12)
+        assert error < 1e-4, (name, error)
