@@ -237,7 +237,9 @@ from vmamba.ops.capabilities import explain_backends
 t = torch.ones
 y = ss2d_scan(t(1, 6, 2), t(1, 6, 16), t(4, 2, 2), t(4, 2), -t(4, 2, 1), t(4, 2), height=2, width=3)
 assert y.isfinite().all() and cross_scan(t(1, 1, 2, 3)).shape == (1, 4, 1, 6)
-assert [row.backend for row in explain_backends("cpu") if "picks it" in row.reason] == ["chunked", "chunked"]
+rows = explain_backends("cpu")
+assert [row.backend for row in rows if "picks it" in row.reason] == ["chunked", "chunked"]
+assert any(row.backend == "cpu" and "pip install 'vmamba[cpu]'" in row.reason for row in rows)
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -167,10 +167,17 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert done.returncode == 0, done.stderr
 
 
+def test_an_llvmlite_of_long_ago_counts_as_none():
+    llvm._check_version("0.46.0")
+    llvm._check_version("1.2")
+    with pytest.raises(ImportError, match=r"llvmlite 0\.41\.1 is older than 0\.46"):
+        llvm._check_version("0.41.1")
+
+
 def test_what_it_does_not_take_is_said(ss2d_inputs):
     with pytest.raises(
         ValueError, match="backend 'cpu' cannot run: the CPU kernel computes in float32, and x is float64"
     ):
         ss2d_scan(*ss2d_inputs(1, 2, 2, 3, 1, 1), height=2, width=2, backend="cpu")
     meta = torch.empty(1, 4, 3, device="meta")
-    assert "needs tensors on the CPU, and x is on meta" in cpu_kernels.why_not(meta, meta, meta, meta, "cross2d")
+    assert "needs tensors on the CPU, and x is on meta" in cpu_kernels.why_not(meta, meta, meta, meta, "cross2d", 2, 2)

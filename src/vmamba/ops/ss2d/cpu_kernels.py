@@ -10,10 +10,9 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from llvmlite import ir
 from torch import Tensor
 
-from vmamba.ops.llvm import I64, Code, Kernel, float_lanes
+from vmamba.ops.llvm import I64, Code, Kernel, float_lanes, ir
 from vmamba.ops.routes import get_routes, route_index, without_flip_back
 from vmamba.ops.ss2d import chunked
 
@@ -32,7 +31,9 @@ _NUMBERS = (
 _ADDRESSES = ("x", "projected", "dt_weight", "dt_bias", "A", "D", "y", "order", "back", "scratch")
 
 
-def why_not(x: Tensor, projected: Tensor, dt_weight: Tensor, A: Tensor, routes: str) -> str | None:
+def why_not(
+    x: Tensor, projected: Tensor, dt_weight: Tensor, A: Tensor, routes: str, height: int = 0, width: int = 0
+) -> str | None:
     """Say why this kernel cannot run on such inputs; None if it can."""
     if x.device.type != "cpu":
         return f"the CPU kernel needs tensors on the CPU, and x is on {x.device}."
