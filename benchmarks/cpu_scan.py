@@ -1,4 +1,4 @@
-"""The blocked scan against the recurrence step by step, in a whole model on the CPU, with timm's Swin-T beside them.
+"""The scans of the CPU in a whole model: vector code, blocked, the recurrence step by step; timm's Swin-T beside them.
 
     python benchmarks/cpu_scan.py
 
@@ -21,7 +21,7 @@ ROUNDS, IN_A_ROW = 8, 3
 
 def main() -> None:
     image = torch.randn(1, 3, 224, 224)
-    models = {name: vmamba.create_model("vmamba_tiny", backend=name).eval() for name in ("chunked", "reference")}
+    models = {name: vmamba.create_model("vmamba_tiny", backend=name).eval() for name in ("cpu", "chunked", "reference")}
 
     def without_scan() -> None:
         with mock.patch.object(ss2d, "ss2d_scan", lambda x, *_, **__: x):
@@ -29,6 +29,7 @@ def main() -> None:
 
     swin = timm.create_model("swin_tiny_patch4_window7_224").eval()
     runs: dict[str, Callable[[], object]] = {
+        "cpu": lambda: models["cpu"](image),
         "chunked": lambda: models["chunked"](image),
         "reference": lambda: models["reference"](image),
         "without the scan": without_scan,
@@ -48,9 +49,10 @@ def main() -> None:
     for name, value in ms.items():
         print(f"{name:>17} {value:7.1f} ms")
     rest = ms["without the scan"]
-    print(f"reference / chunked: model {ms['reference'] / ms['chunked']:.2f} ×")
-    print(f"reference / chunked: scan  {(ms['reference'] - rest) / (ms['chunked'] - rest):.2f} ×")
-    print(f"chunked / swin_tiny: model {ms['chunked'] / ms['swin_tiny']:.2f} ×")
+    for slower, faster in (("reference", "chunked"), ("chunked", "cpu")):
+        print(f"{slower} / {faster}: model {ms[slower] / ms[faster]:.2f} ×")
+        print(f"{slower} / {faster}: scan  {(ms[slower] - rest) / (ms[faster] - rest):.2f} ×")
+    print(f"cpu / swin_tiny: model {ms['cpu'] / ms['swin_tiny']:.2f} ×")
 
 
 if __name__ == "__main__":
