@@ -8,10 +8,7 @@ import os
 import socket
 import sys
 import traceback
-from io import StringIO
 from pathlib import Path
-
-from rich.console import Console
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["vmamba.training.engine", "torchmetrics.classification", "webdataset"])
@@ -86,7 +83,3 @@ def _run(environment, log, target, args):
         status = 1
     sys.stdout.flush()
     os._exit(status)
-
-
-def quiet() -> Console:
-    return Console(file=StringIO())

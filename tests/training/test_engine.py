@@ -6,9 +6,8 @@ from io import StringIO
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
-from several_processes import quiet
+from runs import assert_same, quiet, recipe, state_of
 
 from vmamba.data.loaders import evaluation_loader
 from vmamba.data.sources import open_source
@@ -23,26 +22,6 @@ from vmamba.training.recipe import AugmentationOptions, CheckpointOptions, Guard
 from vmamba.training.replay import main, replay
 
 
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory):
-    """A folder of 3 × 12 images of three colours with noise, which a model tells apart quickly."""
-    root = tmp_path_factory.mktemp("colours")
-    generator = np.random.default_rng(0)
-    for channel, name in enumerate(("red", "green", "blue")):
-        (root / name).mkdir()
-        for index in range(12):
-            pixels = generator.integers(0, 120, (40, 40, 3), dtype=np.uint8)
-            pixels[..., channel] += 120
-            Image.fromarray(pixels).save(root / name / f"{index}.png")
-    return root
-
-
-def recipe(data, output, **changes):
-    options = {"model": "vmamba_test", "img_size": 32, "epochs": 2, "batch_size": 8, "held_out": 0.25, "log_every": 2}
-    options["model_options"] = {"drop_path_rate": 0.2}
-    return Recipe(data=str(data), output=str(output), **{**options, "trackers": (), **changes})
-
-
 def stop_after(monkeypatch, updates):
     """Send this process SIGINT once the given number of updates is made."""
     original, made = engine._update, []
@@ -54,31 +33,6 @@ def stop_after(monkeypatch, updates):
         return original(run, batches, measured)
 
     monkeypatch.setattr(engine, "_update", counted)
-
-
-def state_of(folder):
-    def refuse(sentence):
-        raise AssertionError(sentence)
-
-    found = CheckpointFolder(folder / "checkpoints").read_newest(refuse)
-    names = [path.stem for path in found.path.glob("*.safetensors") if path.stem != "state"]
-    return found.position, {**found.parts, **{name: found.weights(name) for name in names}}
-
-
-def assert_same(one, other):
-    """Compare nested state dicts bit for bit."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for left, right in zip(one, other, strict=True):
-            assert_same(left, right)
-    else:
-        assert one == other
 
 
 def test_a_run_learns_and_leaves_all_its_files(colours, tmp_path):

@@ -237,7 +237,7 @@ def _skip(
 
 def _dump(run: Run, record: dict[str, Any], batches: list[Any], *, culprit: bool) -> list[str]:
     name = f"update-{run.position.updates:010d}-process-{run.together.rank}"
-    weights = model_state(run.model)
+    weights = model_state(run.model, everywhere=True)
 
     def write() -> str:
         path = dump_update(run.folder.skipped, name, record, batches, weights) if culprit else None
@@ -286,13 +286,9 @@ def _until_stopped(run: Run) -> Iterator[Any]:
 def _evaluated_model(run: Run) -> nn.Module:
     """Return the weights that count, in a module that needs no other process: shares differ in length."""
     if run.spare is not None:
-        run.spare.load_state_dict(_on_all(run, model_state(run.model)))
+        run.spare.load_state_dict(model_state(run.model, everywhere=True))
         return run.spare
     return run.ema.module if run.ema else run.bare_model
-
-
-def _on_all(run: Run, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return run.together.on_main(lambda: state)
 
 
 def _finish_epoch(run: Run, report: Report) -> None:

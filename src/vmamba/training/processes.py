@@ -160,13 +160,19 @@ def release() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return all weights of a model under their plain names, on the CPU; every process must call it."""
-    return dict(get_model_state_dict(model, options=_FULL))  # type: ignore[arg-type]
+def model_state(model: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
+    """Return all weights of a model under their plain names; every process must call it.
+
+    Args:
+        model: The wrapped model.
+        everywhere: Whether every process gets them, on its device; otherwise the main one alone does, on the CPU.
+    """
+    options = StateDictOptions(full_state_dict=True) if everywhere else _FULL
+    return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]
 
 
 def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Return the whole state of an optimiser by names of parameters, on the CPU; every process must call it."""
+    """Return an optimiser's whole state by names of parameters, on the CPU, to the main process; all must call it."""
     inner = optimizer.optimizer
     if not inner.state:  # before its first step there is none, and torch would make a step to have one
         return {}
