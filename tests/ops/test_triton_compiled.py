@@ -103,7 +103,7 @@ def test_reasons() -> None:
     from vmamba.ops.ss2d import triton_kernels as ss2d
 
     x, weight = torch.zeros(1, 4, 2), torch.zeros(4, 2, 1)
-    reason = ss2d.why_not(x, torch.zeros(1, 4, 12), weight, weight, "cross2d")
+    reason = ss2d.why_not(x, torch.zeros(1, 4, 12), weight, weight, "cross2d", 1, 4)
     assert reason == "it needs a CUDA device, and the tensors are on cpu."
     reason = s6.why_not(x.double(), x.double(), weight[0], weight)
     assert reason == "it takes float32, float16 and bfloat16, and u is torch.float64."

@@ -111,4 +111,4 @@ def _typical_arguments(op: str, device: torch.device) -> tuple[Any, ...]:
 
     if op == "selective_scan":
         return zeros(1, 64, 16), zeros(1, 64, 16), zeros(64, 1).float(), zeros(1, 4, 1, 16)
-    return zeros(1, 16, 32), zeros(1, 16, 4 * (2 + 2)), zeros(4, 32, 2), zeros(4, 32, 1).float(), "cross2d"
+    return zeros(1, 16, 32), zeros(1, 16, 4 * (2 + 2)), zeros(4, 32, 2), zeros(4, 32, 1).float(), "cross2d", 4, 4

@@ -129,7 +129,7 @@ def _ss2d_scan(
     backend: str,
 ) -> Tensor:
     # The choice is made in here, where tensors are real: a traced or exported program then runs on any device.
-    implementation = select_backend(_NAME, backend, (x, projected, dt_weight, A, routes))
+    implementation = select_backend(_NAME, backend, (x, projected, dt_weight, A, routes, height, width))
     with torch.autocast(x.device.type, enabled=False):
         y: Tensor = implementation.forward(
             x, projected, dt_weight, dt_bias, A, D, height, width, routes, flip_back, out_dtype
@@ -170,7 +170,7 @@ def _ss2d_scan_backward(
     flip_back: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    implementation = select_backend(_NAME, backend, (x, projected, dt_weight, A, routes))
+    implementation = select_backend(_NAME, backend, (x, projected, dt_weight, A, routes, height, width))
     with torch.autocast(x.device.type, enabled=False):
         grads = implementation.backward(dy, x, projected, dt_weight, dt_bias, A, D, height, width, routes, flip_back)
     dx, dprojected, ddt_weight, ddt_bias, dA, dD = (grad.contiguous() for grad in grads)

@@ -24,7 +24,9 @@ from vmamba.ops.s6.chunked import (
 )
 
 
-def why_not(x: Tensor, projected: Tensor, dt_weight: Tensor, A: Tensor, routes: str) -> str | None:
+def why_not(
+    x: Tensor, projected: Tensor, dt_weight: Tensor, A: Tensor, routes: str, height: int, width: int
+) -> str | None:
     """Say why this backend cannot run: it always can."""
     return None
 

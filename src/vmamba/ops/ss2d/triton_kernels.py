@@ -21,7 +21,9 @@ from vmamba.ops.scan_triton_launch import (
 )
 
 
-def why_not(x: Tensor, projected: Tensor, dt_weight: Tensor, A: Tensor, routes: str) -> str | None:
+def why_not(
+    x: Tensor, projected: Tensor, dt_weight: Tensor, A: Tensor, routes: str, height: int, width: int
+) -> str | None:
     """Say why these kernels cannot run on such inputs; None if they can."""
     return why_not_here({"x": x, "projected": projected, "dt_weight": dt_weight, "A": A})
 

@@ -1,0 +1,355 @@
+"""How a forward in CUDA is cut into blocks: one of three kernels, with its compile-time parameters and its memory."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from vmamba.ops import nvrtc
+
+CHANNELS = 16  # of a block
+_SLOT_BYTES = 64  # 16 float32 sums of a position
+_REST_BYTES = 16  # what a 16-bit result has no room for, 8 bits a sum
+
+
+class Device(NamedTuple):
+    """What a plan depends on: multiprocessors, shared memory of a block and of a multiprocessor, clusters or not."""
+
+    multiprocessors: int
+    block_shared: int
+    multiprocessor_shared: int
+    clusters: bool
+
+
+@functools.cache
+def find_device(index: int) -> Device:
+    """Read a device's properties."""
+    found = torch.cuda.get_device_properties(index)
+    return Device(
+        found.multi_processor_count,
+        found.shared_memory_per_block_optin,
+        found.shared_memory_per_multiprocessor,
+        found.major >= 9,
+    )
+
+
+class Problem(NamedTuple):
+    """What a plan is for: the map, R, groups of 16 channels, B, whether routes read columns, whether y is float32."""
+
+    height: int
+    width: int
+    rank: int
+    groups: int
+    batch: int
+    columns: bool = True
+    float32_result: bool = False
+
+    @property
+    def length(self) -> int:
+        """Positions of the map."""
+        return self.height * self.width
+
+
+class Slots(NamedTuple):
+    """Where the float32 sums of a map lie in shared memory: distances of rows and columns, and the number of slots."""
+
+    row: int
+    column: int
+    total: int
+
+
+def find_slots(height: int, width: int) -> Slots:
+    """Lay out the sums for `forward.cu`."""
+    # The kernel swaps neighbours to avoid bank conflicts, so lines of slots have an even length.
+    if width % 2 == 0 or (height % 2 == 1 and height <= width):
+        pitch = width + width % 2
+        return Slots(pitch, 1, height * pitch)
+    pitch = height + height % 2
+    return Slots(1, pitch, width * pitch)
+
+
+def _round_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+class TablePlan(NamedTuple):
+    """A forward by `forward.cu`, for any map that one block holds; positions are tabulated.
+
+    Attributes:
+        span: Positions that a lane owns in a chunk; a chunk is four spans.
+        warps: Warps that share one route.
+        images: Images that a block takes one after another.
+        teams: Groups of 16 channels that a block takes side by side.
+        staged: Whether a block copies the projections of its images into shared memory first.
+        apart: Whether the four routes are four blocks of a cluster rather than one block.
+        blocks: Blocks that a multiprocessor should hold; what it holds at most bounds the registers of a thread.
+    """
+
+    span: int
+    warps: int
+    images: int = 1
+    teams: int = 1
+    staged: bool = False
+    apart: bool = False
+    blocks: int = 1
+
+    @property
+    def kernel(self) -> str:
+        """Name in the source."""
+        return "ss2d_forward"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files that make the source, in order."""
+        return "common.cuh", "forward.cu"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps * self.teams * (1 if self.apart else 2)
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 4 if self.apart else 1
+
+    def defines(self) -> tuple[nvrtc.Define, ...]:
+        """Give the compile-time parameters."""
+        return (
+            ("SPAN", self.span),
+            ("WARPS", self.warps),
+            ("IMAGES", self.images),
+            ("APART", int(self.apart)),
+            ("TEAMS", self.teams),
+            ("STAGED", int(self.staged)),
+            ("BLOCKS", self.blocks),
+        )
+
+    def grid(self, problem: Problem) -> int:
+        """Count the blocks."""
+        return -(-problem.batch // self.images) * -(-problem.groups // self.teams) * self.cluster
+
+    def geometry(self, problem: Problem) -> tuple[int, ...]:
+        """Give the kernel's last arguments."""
+        return find_slots(problem.height, problem.width)
+
+    def fixed_bytes(self) -> int:
+        """Shared memory for `struct Shared`."""
+        warps = self.threads // 32
+        fixed = 64 + warps * 2 * 2 * (4 * self.span) * 4 + warps * (64 + 8) + self.teams * (8 * self.warps + 8)
+        return _round_up(fixed, 128)
+
+    def shared_bytes(self, problem: Problem) -> int:
+        """Dynamic shared memory of a block: what `struct Shared` holds, the float32 maps, staged projections."""
+        maps = self.teams * self.images * find_slots(problem.height, problem.width).total * _SLOT_BYTES
+        pitch = (8 * (problem.rank + 2) + 15) // 32 * 32 + 16
+        rows = problem.length + 7 + (problem.length + 7) // 8 * 2
+        return self.fixed_bytes() + maps + (self.images * rows * pitch if self.staged else 0)
+
+
+class LinePlan(NamedTuple):
+    """A forward by `forward_lines.cu`, for maps that one block holds and whose sides are multiples of the span.
+
+    Attributes:
+        span: Positions that a lane owns in a chunk, all on one line.
+        warps: Warps that share one route.
+        quad: Images that share a warp: 1, 2 or 4.
+        teams: Groups of 16 channels that a block takes side by side.
+        blocks: Blocks that a multiprocessor should hold; what it holds at most bounds the registers of a thread.
+        ahead: What is loaded one chunk ahead: 0 nothing, 1 projections, 2 the map too.
+        wide: Whether lanes load 8 bytes of rows of `projected` longer than 16.
+    """
+
+    span: int
+    warps: int
+    quad: int = 1
+    teams: int = 1
+    blocks: int = 1
+    ahead: int = 1
+    wide: bool = False
+
+    @property
+    def kernel(self) -> str:
+        """Name in the source."""
+        return "ss2d_forward_lines"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files that make the source, in order."""
+        return "common.cuh", "forward_parts.cuh", "forward_lines.cu"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 64 * self.warps * self.teams
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 1
+
+    def defines(self) -> tuple[nvrtc.Define, ...]:
+        """Give the compile-time parameters."""
+        return (
+            ("SPAN", self.span),
+            ("WARPS", self.warps),
+            ("QUAD", self.quad),
+            ("TEAMS", self.teams),
+            ("BLOCKS", self.blocks),
+            ("AHEAD", self.ahead),
+            ("WIDE_ROWS", int(self.wide)),
+        )
+
+    def grid(self, problem: Problem) -> int:
+        """Count the blocks."""
+        return -(-problem.batch // self.quad) * -(-problem.groups // self.teams)
+
+    def geometry(self, problem: Problem) -> tuple[int, ...]:
+        """Give the kernel's last arguments: slots from row to row, an odd number, and bytes from map to map."""
+        pitch = problem.width | 1
+        # Maps that share a warp start in different quarters of the banks, and in others than its spans of one map.
+        shift = 64 if self.quad == 2 and self.span % 2 == 0 and problem.width > self.span else 32
+        return pitch, _round_up(problem.height * pitch * _SLOT_BYTES, 128) + shift
+
+    def fixed_bytes(self) -> int:
+        """Shared memory for `struct Shared`."""
+        return _round_up(self.teams * (2 * self.warps * (64 + 8 + 4) + 8), 128)
+
+    def shared_bytes(self, problem: Problem) -> int:
+        """Dynamic shared memory of a block."""
+        return self.fixed_bytes() + self.teams * self.quad * self.geometry(problem)[1]
+
+
+class ClusterPlan(NamedTuple):
+    """A forward by `forward_cluster.cu`, for maps larger than one block's shared memory.
+
+    Attributes:
+        span: Positions that a lane owns in a chunk, all on one line; even.
+        warps: Warps of a block that scan one route.
+        cluster: Blocks that share a map.
+        ragged: Whether a side of the map is no multiple of the span.
+        ahead: What is loaded one chunk ahead: 0 nothing, 1 projections, 2 the map too.
+    """
+
+    span: int
+    warps: int
+    cluster: int
+    ragged: bool = False
+    ahead: int = 1
+
+    @property
+    def kernel(self) -> str:
+        """Name in the source."""
+        return "ss2d_forward_cluster"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files that make the source, in order."""
+        return "common.cuh", "forward_parts.cuh", "forward_cluster.cu"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 64 * (self.warps + 1)
+
+    def defines(self) -> tuple[nvrtc.Define, ...]:
+        """Give the compile-time parameters."""
+        return (
+            ("SPAN", self.span),
+            ("WARPS", self.warps),
+            ("CLUSTER", self.cluster),
+            ("RAGGED", int(self.ragged)),
+            ("AHEAD", self.ahead),
+            ("WIDE_ROWS", 1),
+        )
+
+    def grid(self, problem: Problem) -> int:
+        """Count the blocks."""
+        return problem.batch * problem.groups * self.cluster
+
+    def geometry(self, problem: Problem) -> tuple[int, ...]:
+        """Give the kernel's last argument: the positions of a block."""
+        spans = problem.height * -(-problem.width // self.span)
+        if problem.columns:
+            spans = max(spans, problem.width * -(-problem.height // self.span))
+        of_block = 4 * self.warps
+        return (-(-spans // (of_block * self.cluster)) * of_block * self.span,)
+
+    def fixed_bytes(self) -> int:
+        """Shared memory for `struct Shared`."""
+        return _round_up(2 * _round_up(self.warps * (128 + 64) + 2 * self.cluster * 128 + 36, 16), 128)
+
+    def shared_bytes(self, problem: Problem) -> int:
+        """Dynamic shared memory of a block."""
+        slot = _SLOT_BYTES + (0 if problem.float32_result else _REST_BYTES)
+        return self.fixed_bytes() + self.geometry(problem)[0] * slot
+
+
+Plan = TablePlan | LinePlan | ClusterPlan
+
+
+def _table_plan(problem: Problem, device: Device) -> TablePlan:
+    chunks = -(-problem.length // 32)
+    if device.clusters and 2 * problem.batch * problem.groups <= device.multiprocessors:
+        return TablePlan(8, min(16, 1 << (chunks - 1).bit_length()), apart=True)
+    if chunks <= 13:
+        images = 2 if chunks <= 2 else 1
+        for teams in (8, 4, 2):  # teams that do not divide the groups would leave warps idle
+            staged = TablePlan(8, 1, images, teams=teams, staged=True, blocks=8 // teams)
+            shared = staged.shared_bytes(problem)
+            # A block of shared memory costs 1 KiB more than it asks for.
+            fits = shared <= device.block_shared and staged.blocks * (shared + 1024) <= device.multiprocessor_shared
+            if problem.groups % teams == 0 and fits:
+                return staged
+        return TablePlan(8, 1, images, blocks=8)
+    warps = 2 if chunks <= 20 else 4 if chunks <= 53 else 8
+    return TablePlan(8, warps, blocks=8 // warps)
+
+
+def _line_plan(problem: Problem) -> LinePlan | None:
+    """Give the plan for maps whose sides have a common span; each choice below is the fastest of those measured."""
+    common = math.gcd(problem.height, problem.width)
+    for largest, spans, make in _LINE_PLANS:
+        for span in spans if problem.length <= largest else ():
+            if common % span == 0:
+                return make._replace(span=span)
+    return None
+
+
+# The most positions, the spans to try, the plan.
+_LINE_PLANS = (
+    (64, (7, 8), LinePlan(7, 1, quad=4, teams=2, blocks=3)),
+    (400, (14, 10, 8), LinePlan(14, 1, quad=2, teams=2, blocks=3, ahead=0)),
+    (1600, (14, 10, 8), LinePlan(14, 2, blocks=3)),
+    (10**9, (8, 10, 14), LinePlan(8, 8)),
+)
+
+
+def _cluster_plan(problem: Problem, device: Device) -> ClusterPlan | None:
+    """Give the cheapest span with the smallest cluster that holds the map and, if one does, fills the device."""
+    plans = []
+    for span in (10, 8, 6, 4, 2):
+        ragged = problem.width % span > 0 or (problem.columns and problem.height % span > 0)
+        fitting = [ClusterPlan(span, 7, cluster, ragged) for cluster in (2, 4, 8, 16)]
+        fitting = [plan for plan in fitting if plan.shared_bytes(problem) <= device.block_shared]
+        filling = [plan for plan in fitting if plan.grid(problem) >= device.multiprocessors]
+        plans += filling[:1] or fitting[-1:]
+
+    def cost(plan: ClusterPlan) -> float:
+        # A position costs about so much more where spans are short, and where line ends are looked after.
+        return plan.geometry(problem)[0] * plan.cluster * (1 + 4 / plan.span) * (1.1 if plan.ragged else 1)
+
+    return min(plans, key=cost, default=None)
+
+
+@functools.cache
+def plan_forward(problem: Problem, device: Device) -> Plan | None:
+    """Choose how to cut up a forward; None if no kernel holds the map."""
+    table = _table_plan(problem, device)
+    if table.shared_bytes(problem) > device.block_shared:
+        return _cluster_plan(problem, device) if device.clusters else None
+    line = None if table.apart else _line_plan(problem)
+    return line if line is not None and line.shared_bytes(problem) <= device.block_shared else table
