@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vmamba.cli.arguments import parse
+from vmamba.cli.tasks import part, task_of
+from vmamba.training.recipe import TaskName
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,7 @@ class EvalOptions:
     """Measure how well a model classifies labelled images.
 
     Args:
+        task: What the model does; each task has flags of its own, which `--task NAME --help` lists.
         checkpoint: Weights file, run folder, Hugging Face Hub id or name of a published variant; by default the
             newest run below runs/.
         weights: Of a run folder: 'best' or 'last', which are the moving average where the run keeps one; 'ema' or
@@ -42,6 +45,7 @@ class EvalOptions:
         picture: PNG file to draw the confusion matrix to.
     """
 
+    task: TaskName = "classification"
     checkpoint: str | None = None
     weights: Literal["best", "last", "ema", "raw"] = "best"
     data: str | None = None
@@ -67,6 +71,11 @@ class EvalOptions:
 
 
 def run(argv: Sequence[str]) -> int:
+    """Evaluate as the task does."""
+    return part(task_of(argv), "evaluate")(argv)
+
+
+def evaluate_classifier(argv: Sequence[str]) -> int:
     """Evaluate as the flags say; return the exit status: 1 when images could not be read."""
     options = parse("eval", EvalOptions, argv)
     from rich.console import Console

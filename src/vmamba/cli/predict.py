@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vmamba.cli.arguments import UsageError, parse
+from vmamba.cli.tasks import part, task_of
+from vmamba.training.recipe import TaskName
 
 if TYPE_CHECKING:
     from vmamba.cli.opening import OpenedModel
@@ -21,6 +23,7 @@ class PredictOptions:
 
     Args:
         images: Image files, folders (with all images below them) or globs.
+        task: What the model does; each task has flags of its own, which `--task NAME --help` lists.
         checkpoint: Weights file, run folder, Hugging Face Hub id or name of a published variant; by default the
             newest run below runs/.
         top: How many of the most probable labels to give.
@@ -32,6 +35,7 @@ class PredictOptions:
     """
 
     images: list[str]
+    task: TaskName = "classification"
     checkpoint: str | None = None
     top: int = 3
     img_size: int | None = None
@@ -47,6 +51,11 @@ class PredictOptions:
 
 
 def run(argv: Sequence[str]) -> int:
+    """Predict as the task does."""
+    return part(task_of(argv), "predict")(argv)
+
+
+def predict_classes(argv: Sequence[str]) -> int:
     """Classify as the flags say; return the exit status: 1 when some images are damaged."""
     options = parse("predict", PredictOptions, argv, positionals=[("images", "*")])
     paths = find_images(options.images)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vmamba.cli.arguments import parse
-from vmamba.training.recipe import Recipe
+from vmamba.cli.tasks import part, task_of
 from vmamba.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from vmamba.tasks.classification import ClassificationReport
 
 
 def run(argv: Sequence[str]) -> int:
     """Train as the flags say; return the exit status."""
-    recipe = parse("train", Recipe, with_resumed_recipe(argv))
+    words = with_resumed_recipe(argv)
+    task = task_of(words)
+    recipe = parse("train", part(task, "recipe"), words)
     from rich.console import Console
 
     from vmamba.training.engine import TrainingInterruptedError, train
@@ -21,7 +27,7 @@ def run(argv: Sequence[str]) -> int:
 
     console = Console()
     try:
-        result = train(recipe, console)
+        result = train(recipe, console, make_task=part(task, "make_task"))
     except TrainingInterruptedError as interrupted:
         if is_speaker():
             print(f"vmamba train: {interrupted}", file=sys.stderr)
@@ -29,18 +35,23 @@ def run(argv: Sequence[str]) -> int:
     leave()
     if not result.is_main:
         return 0
-    report, folder = result.report, result.folder
+    folder = result.folder
     lines = [
-        f"{report.top1:.2%} of {report.count:,} held-out images right (best epoch {result.best:.2%}),"
-        f" in {result.seconds / 60:.1f} minutes",
+        f"{part(task, 'headline')(result.report, result.best)}, in {result.seconds / 60:.1f} minutes",
         f"weights  {folder.best} (best), {folder.last} (last)",
         f"curves   {folder.curves}",
     ]
     if result.damaged:
         lines.append(f"damaged  {len(result.damaged)} images were skipped, named in {folder.damaged}")
-    lines.append(f"next     vmamba eval --checkpoint {folder.best}")
+    option = "" if task == "classification" else f"--task {task} "
+    lines.append(f"next     vmamba eval {option}--checkpoint {folder.best}")
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
     return 0
+
+
+def classification_headline(report: ClassificationReport, best: float) -> str:
+    """Say how many images were recognised."""
+    return f"{report.top1:.2%} of {report.count:,} held-out images right (best epoch {best:.2%})"
 
 
 def with_resumed_recipe(argv: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AugmentationPolicy = Literal["auto", "none", "light", "photo"]
+TaskName = Literal["classification", "detection", "segmentation"]
 Options = TypeVar("Options", bound=type)
 
 
@@ -161,6 +162,7 @@ class RunOptions:
     """What the engine needs to know, whatever is trained.
 
     Args:
+        task: What is trained; each task has flags of its own, which `--task NAME --help` lists.
         epochs: Passes over the training images.
         batch_size: Images an update sees, all processes together.
         accumulate: Parts a process computes its share of a batch in, one after the other, to save memory.
@@ -181,6 +183,7 @@ class RunOptions:
         guards: Guards.
     """
 
+    task: TaskName = "classification"
     epochs: int = 15
     batch_size: int = 32
     accumulate: int = 1
