@@ -24,7 +24,7 @@ VARIANTS = {  # rank, dtype, dtype of dt_weight, of dy, channels, positions, rou
 
 def compiled(rank, dtype, weight_dtype, dy_dtype, channels, length, routes, capability, **replaced):
     items = cuda_backward.operand_items(rank, dtype, weight_dtype)
-    plan = cuda_backward.plan_backward(length, items, SHARED["H200"])
+    plan = cuda_backward.plan_backward(length, rank, items, SHARED["H200"])
     defines = dict(cuda_backward.backward_defines(rank, dtype, weight_dtype, dy_dtype, channels, routes, plan))
     return nvrtc.compile_cubin(cuda_backward.source(), capability, tuple((defines | replaced).items()), use_cache=False)
 
@@ -55,12 +55,19 @@ def test_both_sides_count_the_same_operands():
 def test_plans_fit_the_multiprocessor(limit, rank):
     items = cuda_backward.operand_items(rank, f16, f32)
     for length in (1, 31, 49, 196, 256, 257, 784, 3136, 4096, 256 * 256):
-        plan = cuda_backward.plan_backward(length, items, limit)
-        assert plan.shared_bytes <= limit
-        assert 1 <= plan.warps * plan.blocks <= 8  # at 255 registers a thread
-        assert plan.spill == (plan.workspace > 0)
+        plan = cuda_backward.plan_backward(length, rank, items, limit)
+        assert plan.blocks * (plan.shared_bytes + 1024) <= limit + 1024
+        assert 1 <= plan.warps * plan.blocks <= 12  # at 168 registers a thread
+        assert plan.chunks * 4 * plan.span >= length
+        assert plan.spill <= plan.team
         if not plan.spill:
             assert plan.shared_bytes >= (1 if plan.team else plan.warps) * length * 64
+
+
+@pytest.mark.parametrize("length", [28 * 28, 14 * 14])
+def test_pieces_cover_maps_of_a_224_pixel_image_exactly(length):
+    plan = cuda_backward.plan_backward(length, 12, cuda_backward.operand_items(12, bf16, f32), SHARED["H200"])
+    assert plan.chunks * 4 * plan.span == length
 
 
 def test_says_why_not():

@@ -15,29 +15,44 @@ from vmamba.ops import nvrtc
 MAX_RANK = 64
 _SOURCES = ("common.cuh", "backward_tools.cuh", "backward_chunk.cuh", "backward.cu")
 _ROUTES = {"cross2d": (1, 1), "bidi": (0, 1), "unidi": (0, 0)}  # the second layout is by columns; a pair runs both ways
-_CHUNK, _CHANNELS = 32, 16  # positions and channels of a warp's tile
-_SMALL = 8  # maps of so many chunks are one warp's work
+_CHANNELS = 16  # of a warp's tile
+_SMALL = 256  # maps of so many positions are one warp's work
 _LARGEST = 2**26  # positions
+# Warps a block, blocks a multiprocessor, spans to choose from; twelve warps have 168 registers a thread, fewer 255.
+_LARGE_MAPS = ((4, 2, (8, 7)), (12, 1, (4,)), (4, 1, (8, 7)))
+_SMALL_MAPS = ((4, 2, (8, 7)), (2, 1, (8, 7)), (1, 1, (8, 7)))
+_KEPT = 16  # ranks whose sums over positions a lane has registers for
 _THREADS = 256  # of the blocks that prepare and finish
 _PREPARE_BLOCKS = 1056  # a full wave on the largest GPUs; they stride over what there is to do
 
 
 class Plan(NamedTuple):
-    """How a backward is cut up: warps a block, whether they share one map, blocks a multiprocessor, where sums lie."""
+    """How a backward is cut up; a map is the work of a team, which is a block or, for small maps, a warp."""
 
-    warps: int
-    team: bool
-    blocks: int
-    spill: bool
+    span: int  # positions a lane takes at once
+    warps: int  # of a block
+    team: bool  # whether they share one map
+    blocks: int  # a multiprocessor
+    spill: bool  # whether the merged map lies in the workspace
+    stash: bool  # whether sums of the gradient of dt_weight lie in shared memory
+    pieces: int  # spans of a segment; a warp has four segments
     shared_bytes: int
-    workspace: int  # float32 values a block of channels of an image keeps in memory
+    workspace: int  # float32 values of a team
+
+    @property
+    def chunks(self) -> int:
+        """What warps take at once, over a map."""
+        return self.pieces * (self.warps if self.team else 1)
 
 
 class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "dy", "projected", "packed", "D", "dx", "dprojected", "dweight")),
         *((name, ctypes.c_void_p) for name in ("dbias", "dA", "dD", "workspace", "turns")),
-        *((name, ctypes.c_int) for name in ("length", "channels", "channel_blocks", "chunks")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("length", "channels", "channel_blocks", "chunks", "images", "maps", "pieces")
+        ),
         *((name, ctypes.c_int) for name in ("height", "width", "columns")),
     ]
 
@@ -75,29 +90,39 @@ def operand_items(rank: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> i
     tiles, bf16, weight16 = -(-rank // 16), dtype == torch.bfloat16, weight_dtype == dtype
     terms = 1 if weight16 else 3 if bf16 else 2
     back = 1 if bf16 and weight16 else 2
-    return tiles * (terms + back) + (rank + 1) // 16 - rank // 16 + 2
+    return tiles * (terms + back) + (rank + 1) // 16 - rank // 16 + 3
 
 
-def plan_backward(length: int, items: int, shared_limit: int) -> Plan:
+def _cut(length: int, warps: int, spans: tuple[int, ...]) -> tuple[int, int]:
+    """Choose the span whose slots cover a map with the least left over, and the pieces of a segment."""
+    pieces = {span: -(-length // (4 * warps * span)) for span in spans}
+    span = min(pieces, key=lambda span: span * pieces[span])
+    return span, pieces[span]
+
+
+def plan_backward(length: int, rank: int, items: int, shared_limit: int) -> Plan:
     """Choose the cut of a backward.
 
     Args:
         length: positions of the map.
+        rank: R.
         items: 16-byte operands of a lane, see `operand_items`.
         shared_limit: bytes of shared memory a block can have.
     """
-    chunks = -(-length // _CHUNK)
-    merged, operands = length * _CHANNELS * 4, 2 * 16 * (32 * (items - 1) + 8)
-    if chunks <= _SMALL:
-        own = operands + merged + chunks * 128
-        warps = max(min(4, shared_limit // own), 1)
-        return Plan(warps, False, 2, False, warps * own, 0)
-    fixed = operands + merged + chunks * 256
-    for warps, blocks in ((4, 2), (8, 1)):
-        needed = fixed + warps * 384
-        if blocks * (needed + 1024) <= shared_limit + 1024:
-            return Plan(warps, True, blocks, False, needed, 0)
-    return Plan(8, True, 1, True, operands + 8 * 384, (merged + chunks * 256) // 4)
+    merged, operands = length * _CHANNELS * 4, 2 * 16 * (32 * (items - 2) + 16)
+    team = length > _SMALL
+    stashed = -(-rank // 8) * 1024 if rank > _KEPT else 0
+    for spill in (False, True):
+        for warps, blocks, spans in _LARGE_MAPS[spill:] if team else _SMALL_MAPS:
+            maps = 1 if team else warps
+            span, pieces = _cut(length, warps // maps, spans)
+            needed = 16 + operands + (0 if spill else maps * merged) + warps * (stashed + 384 * team)
+            if blocks * (needed + 1024) <= shared_limit + 1024:
+                workspace = (pieces * 1024 * (warps // maps) + spill * merged) // 4
+                return Plan(span, warps, team, blocks, spill, stashed > 0, pieces, needed, workspace)
+    raise ValueError(
+        f"the CUDA backward needs {needed} bytes of shared memory a block, and this GPU has {shared_limit}."
+    )
 
 
 def backward_defines(
@@ -112,7 +137,7 @@ def backward_defines(
     """Give the compile-time parameters of `backward.cu`."""
     return (
         ("RANK", rank),
-        ("SPAN", _CHUNK // 4),
+        ("SPAN", plan.span),
         ("BF16", int(dtype == torch.bfloat16)),
         ("WEIGHT16", int(weight_dtype != torch.float32)),
         ("DY32", int(dy_dtype == torch.float32)),
@@ -121,6 +146,7 @@ def backward_defines(
         ("TEAM", int(plan.team)),
         ("SPILL", int(plan.spill)),
         ("ORDERED", int(torch.are_deterministic_algorithms_enabled())),
+        ("STASH", int(plan.stash)),
         ("REVERSED", _ROUTES[routes][1]),
         ("THREADS", 32 * plan.warps),
         ("BLOCKS", plan.blocks),
@@ -178,19 +204,23 @@ def backward(
 
     limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
     items = operand_items(rank, x.dtype, dt_weight.dtype)
-    plan = plan_backward(length, items, limit)
+    plan = plan_backward(length, rank, items, limit)
     defines = backward_defines(rank, x.dtype, dt_weight.dtype, dy.dtype, channels, routes, plan)
     prepare, main, finish = (
         nvrtc.get_kernel(source(), f"ss2d_backward{name}", defines, x.device) for name in ("_prepare", "", "_finish")
     )
 
-    chunks, blocks = -(-length // _CHUNK), -(-channels // _CHANNELS)
+    chunks, blocks = plan.chunks, -(-channels // _CHANNELS)
+    maps = blocks * (batch if plan.team else -(-batch // plan.warps))
+    grid = min(torch.cuda.get_device_properties(x.device).multi_processor_count * plan.blocks, maps)
     columns = _ROUTES[routes][0] if height > 1 else 0
-    merged = torch.empty(batch * 4 * (rank + 2) * chunks * _CHUNK, dtype=torch.float32, device=x.device)
+    slots = 4 * (-(-plan.span // 4) * 4)  # of a chunk
+    merged = torch.empty(batch * 4 * (rank + 2) * chunks * slots, dtype=torch.float32, device=x.device)
     packed = torch.empty(4 * blocks * items * 32 * 4, dtype=torch.int32, device=x.device)
-    workspace = torch.empty(batch * blocks * plan.workspace, dtype=torch.float32, device=x.device)
-    ordered = dict(defines)["ORDERED"]
-    turns = torch.empty(2 * blocks + batch * 2 * chunks if ordered else 0, dtype=torch.int32, device=x.device)
+    teams = grid if plan.team else grid * plan.warps
+    workspace = torch.empty(teams * plan.workspace, dtype=torch.float32, device=x.device)
+    ordered = torch.are_deterministic_algorithms_enabled()
+    turns = torch.empty(1 + ordered * (2 * blocks + batch * 2 * chunks), dtype=torch.int32, device=x.device)
     dy, x, projected, dt_weight, dt_bias, A, D = (_aligned(t) for t in (dy, x, projected, dt_weight, dt_bias, A, D))
 
     cleared = (merged, *sums, turns)
@@ -203,10 +233,10 @@ def backward(
     )
     prepare.launch((_PREPARE_BLOCKS, 1, 1), _THREADS, [preparation])
     pointers = (x, dy, projected, packed, D, dx, merged, *sums, workspace, turns)
-    problem = _Problem(*(t.data_ptr() for t in pointers), length, channels, blocks, chunks, height, width, columns)
-    grid = batch * blocks if plan.team else batch * -(-blocks // plan.warps)
+    sizes = (length, channels, blocks, chunks, batch, maps, plan.pieces, height, width, columns)
+    problem = _Problem(*(t.data_ptr() for t in pointers), *sizes)
     main.launch((grid, 1, 1), 32 * plan.warps, [problem], shared_bytes=plan.shared_bytes)
-    arguments: list[nvrtc.Argument] = [merged, dprojected, length, chunks, height, width, columns]
-    together = max(2048 // ((rank + 2) * _CHUNK), 1)  # chunks of a block
+    arguments: list[nvrtc.Argument] = [merged, dprojected, length, chunks, plan.pieces, height, width, columns]
+    together = max(2048 // ((rank + 2) * slots), 1)  # chunks of a block
     finish.launch((batch * 4 * -(-chunks // together), 1, 1), _THREADS, arguments)
     return dx, dprojected, sums[0].to(dt_weight.dtype), sums[1], sums[2], sums[3]

@@ -8,8 +8,12 @@ struct Block {
     int image, channel_block, channel, lane, g, t, warp;
     u64 map;  // start of the image and the lane's channels in x
     Source source;
-    uint4* operands;                // (2, OPERANDS)
-    float *merged, *carry, *joins;  // (positions, 16), (2, chunks, 8, TEAM ? 4 : 2), (2, warps, 3, 16)
+    uint4* operands;  // (2, OPERANDS)
+    char* merged;     // (positions, 16) float32
+    float4* table;    // (2, chunks, 32): what each piece starts from
+    float* joins;     // (2, warps, 3, 16)
+    float4* stash;    // (2, RANK_FRAGMENTS, 32): see `Sums`
+    u32* next;        // the map to take
     InputOutputSelector select;
 
     __device__ __forceinline__ explicit Block(const Problem& problem) : p(problem), select(0) {
@@ -18,18 +22,33 @@ struct Block {
         g = lane >> 2;
         t = lane & 3;
         select = InputOutputSelector(t);
-        const int warps = blockDim.x / 32;
         const int index = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-#if TEAM
-        image = blockIdx.x / p.channel_blocks;
-        channel_block = blockIdx.x % p.channel_blocks;
-        warp = index;
+        warp = TEAM ? index : 0;
+        extern __shared__ float4 shared[];
+        const int warps = blockDim.x / 32;
+        const u64 entries = u64(2) * p.chunks * 32, merged_size = u64(p.length) * 64;
+        next = reinterpret_cast<u32*>(shared);
+        joins = reinterpret_cast<float*>(shared + 1);
+        float4* rest = shared + 1 + (TEAM ? 24 * warps : 0);
+        stash = rest + index * (2 * RANK_FRAGMENTS * 32) + lane;
+        if (STASH) rest += 2 * RANK_FRAGMENTS * 32 * warps;
+        operands = reinterpret_cast<uint4*>(rest);
+        rest += 2 * OPERANDS;
+        const u64 team = TEAM ? blockIdx.x : blockIdx.x * warps + index;
+        char* own = reinterpret_cast<char*>(p.workspace) + team * (entries * 16 + (SPILL ? merged_size : 0));
+        table = reinterpret_cast<float4*>(own) + lane;
+#if SPILL
+        merged = own + entries * 16;
 #else
-        const int groups = (p.channel_blocks + warps - 1) / warps;
-        image = blockIdx.x / groups;
-        channel_block = blockIdx.x % groups * warps + index;
-        warp = 0;
+        merged = reinterpret_cast<char*>(rest) + (TEAM ? 0 : index) * merged_size;
 #endif
+    }
+
+    // Goes to a block of channels of an image; where maps are small the warps of a block take one image each.
+    __device__ __forceinline__ void enter(int index) {
+        image = index / p.channel_blocks;
+        channel_block = index % p.channel_blocks;
+        if (!TEAM) image = image * (blockDim.x / 32) + threadIdx.x / 32;
         channel = 16 * channel_block + 2 * g;
         map = u64(image) * p.length * p.channels + channel;
         source.x_row = u32(p.channels) * 2;
@@ -41,20 +60,8 @@ struct Block {
         pin(source.dy);
         pin(source.projected);
         source.length = p.length;
+        source.segment = p.pieces * T;
         source.valid = FULL_E ? 2 : min(max(p.channels - channel, 0), 2);
-        extern __shared__ float4 shared[];
-        const u32 carries = p.chunks * (TEAM ? 64 : 32);
-        operands = reinterpret_cast<uint4*>(shared);
-#if SPILL
-        merged = p.workspace + u64(image * p.channel_blocks + channel_block) * (p.length * 16 + carries);
-        carry = merged + u64(p.length) * 16;
-        joins = reinterpret_cast<float*>(operands + 2 * OPERANDS);
-#else
-        if (!TEAM) operands += index * (2 * OPERANDS + p.length * 4 + carries / 4);
-        merged = reinterpret_cast<float*>(operands + 2 * OPERANDS);
-        carry = merged + p.length * 16;
-        joins = carry + carries;
-#endif
     }
 
     __device__ __forceinline__ void sync() const {
@@ -69,84 +76,74 @@ struct Block {
 
     // Brings the operands of a pass's two routes into shared memory.
     __device__ __forceinline__ void fetch_weights(int pass) {
-        const int first = TEAM ? threadIdx.x : lane, step = TEAM ? blockDim.x : 32;
+        if (!TEAM) __syncthreads();
         for (int slot = 0; slot < 2; slot++) {
             const uint4* from = p.packed + (u64(pass + 2 * slot) * p.channel_blocks + channel_block) * ITEMS * 32;
-            for (int i = first; i < OPERANDS; i += step) {
+            for (int i = threadIdx.x; i < OPERANDS; i += blockDim.x) {
                 operands[slot * OPERANDS + i] = __ldg(from + (i < CONSTANTS * 32 ? i : 4 * i - 3 * CONSTANTS * 32));
             }
         }
-        sync();
+        __syncthreads();
     }
 
-    __device__ __forceinline__ u32 place(int slot, int chunk) const { return (slot * p.chunks + chunk) * 8 + g; }
+    __device__ __forceinline__ float4& entry(int slot, int piece) const {
+        return table[(slot * p.chunks + warp * p.pieces + piece) * 32];
+    }
 
-    // Notes what a chunk would start from if the warp's first one started from zero.
-    __device__ __forceinline__ void note(int slot, int chunk, const Affine (&run)[2]) {
-        if (t != 0) return;
+    // Notes what a piece would start from if its segment started from zero, and the share of what enters it keeps.
+    __device__ __forceinline__ void note(int slot, int piece, const Affine (&run)[2]) const {
+        entry(slot, piece) = make_float4(run[0].ascending, run[1].ascending, run[0].product, run[1].product);
+    }
+
+    // What enters the lane's segment from below and from above. The totals of warps meet in shared memory.
+    __device__ __forceinline__ void join_segments(const Affine (&run)[2][2], float (&below)[2][2],
+                                                  float (&above)[2][2]) {
+        const Join join[2][2] = {{Join(run[0][0], t), Join(run[0][1], t)}, {Join(run[1][0], t), Join(run[1][1], t)}};
 #if TEAM
-        reinterpret_cast<float4*>(carry)[place(slot, chunk)] =
-            make_float4(run[0].ascending, run[1].ascending, run[0].product, run[1].product);
+        const int warps = blockDim.x / 32;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const Affine total = join[i / 2][i % 2].total(t);
+            float* mine = joins + (i / 2 * warps + warp) * 48 + 2 * g + i % 2;
+            if (t == 0) {
+                mine[0] = total.product;
+                mine[16] = total.ascending;
+                mine[32] = total.descending;
+            }
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float* other = joins + i / 2 * warps * 48 + 2 * g + i % 2;
+            float from_below = 0.f, from_above = 0.f;
+#pragma unroll 1
+            for (int w = 0; w < warp; w++) from_below = fmaf(other[w * 48], from_below, other[w * 48 + 16]);
+#pragma unroll 1
+            for (int w = warps - 1; w > warp; w--) from_above = fmaf(other[w * 48], from_above, other[w * 48 + 32]);
+            below[i / 2][i % 2] = join[i / 2][i % 2].ascending(from_below, t);
+            above[i / 2][i % 2] = join[i / 2][i % 2].descending(from_above, t);
+        }
 #else
-        reinterpret_cast<float2*>(carry)[place(slot, chunk)] = make_float2(run[0].ascending, run[1].ascending);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            below[i / 2][i % 2] = join[i / 2][i % 2].ascending(0.f, t);
+            above[i / 2][i % 2] = join[i / 2][i % 2].descending(0.f, t);
+        }
 #endif
     }
 
-    __device__ __forceinline__ void follow(const Affine (&total)[2], Affine (&run)[2]) {
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-            run[c].ascending = fmaf(total[c].product, run[c].ascending, total[c].ascending);
-            run[c].descending = fmaf(run[c].product, total[c].descending, run[c].descending);
-            run[c].product *= total[c].product;
-        }
-    }
-
-    __device__ __forceinline__ void publish(int slot, const Affine (&run)[2]) {
-        if (t != 0) return;
-        float* mine = joins + (slot * (blockDim.x / 32) + warp) * 48 + 2 * g;
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-            mine[c] = run[c].product;
-            mine[16 + c] = run[c].ascending;
-            mine[32 + c] = run[c].descending;
-        }
-    }
-
-    // What enters the warp's last chunk from above; what enters its first one from below goes into the table.
-    __device__ __forceinline__ void join_warps(int slot, int begin, int end, float (&above)[2]) {
-        const int warps = blockDim.x / 32;
-        const float* other = joins + slot * warps * 48 + 2 * g;
-        float below[2] = {};
-        for (int w = 0; w < warp; w++) {
-#pragma unroll
-            for (int c = 0; c < 2; c++) below[c] = fmaf(other[w * 48 + c], below[c], other[w * 48 + 16 + c]);
-        }
-        for (int w = warps - 1; w > warp; w--) {
-#pragma unroll
-            for (int c = 0; c < 2; c++) above[c] = fmaf(other[w * 48 + c], above[c], other[w * 48 + 32 + c]);
-        }
-        for (int chunk = begin + t; chunk < end; chunk += 4) {
-            float4& noted = reinterpret_cast<float4*>(carry)[place(slot, chunk)];
-            noted.x = fmaf(noted.z, below[0], noted.x);
-            noted.y = fmaf(noted.w, below[1], noted.y);
-        }
-    }
-
     template <bool REVERSE>
-    __device__ __forceinline__ void adjoin(int slot, int chunk, const Steps& steps, const Inputs& in, float (&above)[2],
-                                           float (&dx)[2][8], Sums& sums, Products& out) {
-        const float2 start = *reinterpret_cast<const float2*>(carry + place(slot, chunk) * (TEAM ? 4 : 2));
-        const float ascending[2] = {start.x, start.y};
-        adjoint_scan<REVERSE>(steps, in, ascending, above, lane, reinterpret_cast<const float2*>(merged) + g, dx, sums,
-                              out);
+    __device__ __forceinline__ void adjoin(const float4& noted, const float (&below)[2], const Steps& steps,
+                                           const Inputs& in, float (&above)[2], float (&dx)[2][T], Sums& sums,
+                                           Products& out) {
+        const float ascending[2] = {fmaf(noted.z, below[0], noted.x), fmaf(noted.w, below[1], noted.y)};
+        adjoint_scan<REVERSE>(steps, in, ascending, above, merged, dx, sums, out);
     }
 
-    __device__ __forceinline__ void keep(const Inputs& in, int chunk, const float (&dx)[2][8]) {
-        const int left = source.left(chunk, t);
+    __device__ __forceinline__ void keep(const Inputs& in, const float (&dx)[2][T]) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            if (i >= left) continue;
-            reinterpret_cast<float2*>(merged)[in.position[i] * 8 + g] = make_float2(dx[0][i], dx[1][i]);
+        for (int i = 0; i < T; i++) {
+            if (i < in.left) *reinterpret_cast<float2*>(merged + in.place[i]) = make_float2(dx[0][i], dx[1][i]);
         }
     }
 
@@ -163,11 +160,13 @@ struct Block {
             for (int tile = 0; tile < RANK_FRAGMENTS; tile++) {
                 const int rank = 8 * tile + 2 * t;
                 float* q = p.dweight + line * RANK + rank;
+                float sum[4];
+                sums.get(tile, sum);
                 if (RANK % 2 == 0) {
-                    if (exists && rank < RANK) add_global2(q, sums.weight[tile][2 * c], sums.weight[tile][2 * c + 1]);
+                    if (exists && rank < RANK) add_global2(q, sum[2 * c], sum[2 * c + 1]);
                 } else {
-                    if (exists && rank < RANK) add_global(q, sums.weight[tile][2 * c]);
-                    if (exists && rank + 1 < RANK) add_global(q + 1, sums.weight[tile][2 * c + 1]);
+                    if (exists && rank < RANK) add_global(q, sum[2 * c]);
+                    if (exists && rank + 1 < RANK) add_global(q + 1, sum[2 * c + 1]);
                 }
             }
             float dA = sums.A[c] * 0.4804530139182014f, dbias = sums.bias[c];
@@ -192,13 +191,11 @@ struct Block {
         }
     }
 
-    __device__ __forceinline__ void store_dx(const Inputs& in, int chunk, const float (&dx)[2][8],
-                                             const float (&skip)[2]) const {
-        const int left = source.left(chunk, t);
+    __device__ __forceinline__ void store_dx(const Inputs& in, const float (&dx)[2][T], const float (&skip)[2]) const {
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            if (i >= left) continue;
-            char* q = reinterpret_cast<char*>(p.dx + map) + u64(in.position[i]) * source.x_row;
+        for (int i = 0; i < T; i++) {
+            if (i >= in.left) continue;
+            char* q = reinterpret_cast<char*>(p.dx + map) + u64(in.place[i] >> 6) * source.x_row;
             const u32 both =
                 pack(fmaf(in.dy[i].get(0), skip[0], dx[0][i] * LN2), fmaf(in.dy[i].get(1), skip[1], dx[1][i] * LN2));
 #if EVEN_E
@@ -221,117 +218,124 @@ struct Block {
         }
     }
 
-    // Composes each chunk's effect on what passes through, and what every chunk starts from.
-    __device__ __forceinline__ void summarize_pass(int pass, const Layout& layout, int begin, int end,
+    __device__ __forceinline__ void take_ranks(const Inputs& in, Ranks (&ranks)[2], const Ranks (&arrived)[2],
+                                               const char* projected) const {
+        if (KEEP_RANKS) {
+            ranks[0] = arrived[0];
+            ranks[1] = arrived[1];
+        } else {
+            ranks[0].load(in, projected, t);
+            ranks[1].load(in, projected + 4 * ROW, t);
+        }
+    }
+
+    // Notes what every piece starts from; gives what enters the lane's segment.
+    __device__ __forceinline__ void summarize_pass(const Layout& layout, int pieces, float (&below)[2][2],
                                                    float (&above)[2][2]) {
-        const int last = TEAM ? end : end - 1;  // nothing follows a map's last chunk
         Affine run[2][2];
 #pragma unroll
         for (int i = 0; i < 4; i++) run[i >> 1][i & 1] = {1.f, 0.f, 0.f};
-        Inputs in;
-        Ranks ranks[2];
+        Inputs in, next;
+        Ranks ranks[2], next_ranks[2];
         const char* projected = source.projected;
-        if (begin < last) {
-            in.load(source, layout, begin, lane);
-            load_ranks(in, ranks, projected);
+        if (pieces > 0) {
+            next.load(source, layout, warp, 0, lane);
+            load_ranks(next, next_ranks, projected);
         }
 #pragma unroll 1
-        for (int chunk = begin; chunk < last; chunk++) {
-            Affine total[2];
+        for (int piece = 0; piece < pieces; piece++) {
             Steps steps;
-            if (!KEEP_RANKS) ranks[0].load(in, projected, t);
-            steps.compute(ranks[0], weights(0), select, in, source, chunk, lane);
-            note(0, chunk, run[0]);
-            if (!KEEP_RANKS) ranks[1].load(in, projected + 4 * ROW, t);
-            summarize<false>(steps, Drives(steps, in), t, total);
-            follow(total, run[0]);
-            steps.compute(ranks[1], weights(1), select, in, source, chunk, lane);
-            note(1, chunk, run[1]);
-            const Drives drives(steps, in);
-            if (chunk + 1 < last) {
-                in.load(source, layout, chunk + 1, lane);
-                load_ranks(in, ranks, projected);
+            in = next;
+            take_ranks(in, ranks, next_ranks, projected);
+            if (piece + 1 < pieces) {
+                next.load(source, layout, warp, piece + 1, lane);
+                load_ranks(next, next_ranks, projected);
             }
-            summarize<REVERSED>(steps, drives, t, total);
-            follow(total, run[1]);
+            note(0, piece, run[0]);
+            note(1, piece, run[1]);
+            steps.compute(ranks[0], weights(0), select, in, lane);
+            summarize<false>(steps, in, run[0]);
+            steps.compute(ranks[1], weights(1), select, in, lane);
+            summarize<REVERSED>(steps, in, run[1]);
         }
-#if TEAM
-        publish(0, run[0]);
-        publish(1, run[1]);
-        __syncthreads();
-        join_warps(0, begin, end, above[0]);
-        join_warps(1, begin, end, above[1]);
-#else
-        note(0, last, run[0]);
-        note(1, last, run[1]);
-#endif
-        __syncwarp();
+        join_segments(run, below, above);
     }
 
     __device__ __forceinline__ void layout_pass(int pass) {
         if (pass) source.projected += 2 * ROW;
         const Layout layout(pass && p.columns, p.height, p.width);
-        const int warps = TEAM ? blockDim.x / 32 : 1;
-        const int begin = p.chunks * warp / warps, end = p.chunks * (warp + 1) / warps;
-        float above[2][2] = {};
-        fetch_weights(pass);
-        summarize_pass(pass, layout, begin, end, above);
+        const int begun = p.length - source.first(warp, 0, 0);  // positions from the warp on
+        const int pieces = max(min((begun + T - 1) / T, p.pieces), 0);
+        float below[2][2], above[2][2];
+        summarize_pass(layout, pieces, below, above);
 
-        Sums sums[2] = {};
+        Sums sums[2];
+        sums[0].begin(stash);
+        sums[1].begin(stash + RANK_FRAGMENTS * 32);
         float dD[2] = {}, skip[2] = {};
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             for (int k = 0; k < 4 && channel + c < p.channels; k++) skip[c] += p.D[k * p.channels + channel + c];
         }
         const char* projected = source.projected;
-        Inputs in;
-        Ranks ranks[2];
-        if (begin < end) {
-            in.load(source, layout, end - 1, lane);
-            load_ranks(in, ranks, projected);
+        Inputs in, next;
+        Ranks ranks[2], next_ranks[2];
+        float4 noted[2], next_noted[2];
+        if (pieces > 0) {
+            next.load(source, layout, warp, pieces - 1, lane);
+            load_ranks(next, next_ranks, projected);
+            next_noted[0] = entry(0, pieces - 1);
+            next_noted[1] = entry(1, pieces - 1);
         }
 #pragma unroll 1
-        for (int chunk = end - 1; chunk >= begin; chunk--) {
-            float dx[2][8];
+        for (int piece = pieces - 1; piece >= 0; piece--) {
+            const int chunk = warp * p.pieces + piece;
+            float dx[2][T];
             Steps steps;
             Products out;
+            in = next;
+            noted[0] = next_noted[0];
+            noted[1] = next_noted[1];
+            if (KEEP_RANKS) take_ranks(in, ranks, next_ranks, projected);
 #if ORDERED
-            u32* turn = p.turns + 2 * p.channel_blocks + (u64(image) * 2 + pass) * p.chunks + chunk;
+            u32* turn = p.turns + 1 + 2 * p.channel_blocks + (u64(image) * 2 + pass) * p.chunks + chunk;
             await_turn(turn, channel_block, lane);
 #endif
             if (!KEEP_RANKS) ranks[0].load(in, projected, t);
-            steps.compute(ranks[0], weights(0), select, in, source, chunk, lane);
-            adjoin<false>(0, chunk, steps, in, above[0], dx, sums[0], out);
+            steps.compute(ranks[0], weights(0), select, in, lane);
+            adjoin<false>(noted[0], below[0], steps, in, above[0], dx, sums[0], out);
             const ByChannel first(out);
-            keep(in, chunk, dx);
+            keep(in, dx);
             add_weight_gradient(out, ranks[0], in, projected, t, sums[0]);
             if (!KEEP_RANKS) ranks[1].load(in, projected + 4 * ROW, t);
             emit(first, weights(0), destination(pass, chunk), u64(u32(p.chunks)) * CHUNK, g);
-            steps.compute(ranks[1], weights(1), select, in, source, chunk, lane);
-            adjoin<REVERSED>(1, chunk, steps, in, above[1], dx, sums[1], out);
+            if (piece > 0) {  // on their way while the second route is worked on
+                next.load(source, layout, warp, piece - 1, lane);
+                load_ranks(next, next_ranks, projected);
+                next_noted[0] = entry(0, piece - 1);
+                next_noted[1] = entry(1, piece - 1);
+            }
+            steps.compute(ranks[1], weights(1), select, in, lane);
+            adjoin<REVERSED>(noted[1], below[1], steps, in, above[1], dx, sums[1], out);
             const ByChannel second(out);
             if (pass == 0) {
 #pragma unroll
-                for (int i = 0; i < 16; i++)
-                    dD[i / 8] = fmaf(in.dy[i % 8].get(i / 8), in.channel(i / 8, i % 8), dD[i / 8]);
-                keep(in, chunk, dx);
+                for (int i = 0; i < 2 * T; i++)
+                    dD[i / T] = fmaf(in.dy[i % T].get(i / T), in.channel(i / T, i % T), dD[i / T]);
+                keep(in, dx);
             } else {
-                store_dx(in, chunk, dx, skip);
+                store_dx(in, dx, skip);
             }
             add_weight_gradient(out, ranks[1], in, projected + 4 * ROW, t, sums[1]);
-            float* const here = destination(pass + 2, chunk);
-            if (chunk > begin) {  // the loads return while the gradients of this chunk leave
-                in.load(source, layout, chunk - 1, lane);
-                load_ranks(in, ranks, projected);
-            }
-            emit(second, weights(1), here, u64(u32(p.chunks)) * CHUNK, g);
+            emit(second, weights(1), destination(pass + 2, chunk), u64(u32(p.chunks)) * CHUNK, g);
 #if ORDERED
             pass_turn(turn, channel_block, lane);
 #endif
         }
         sync();  // the other layout reads what other lanes merged, and reuses the carries
 #if ORDERED
-        u32* turn = p.turns + pass * p.channel_blocks + channel_block;
+        u32* turn = p.turns + 1 + pass * p.channel_blocks + channel_block;
+        const int warps = TEAM ? blockDim.x / 32 : 1;
         for (int w = 0; w < warps; w++) {
             if (w == warp) {
                 await_turn(turn, image * warps + w, lane);
@@ -360,12 +364,24 @@ struct Block {
 
 static_assert(ITEMS == OPERAND_ITEMS, "the Python side allocates as many operands as there are");
 
+// Blocks take one map, or one for each warp, after another until none is left. Whoever waits waits for earlier ones.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ss2d_backward(const __grid_constant__ Problem p) {
     Block block(p);
-    if (block.channel_block >= p.channel_blocks) return;
-    block.clear();
+    u32* next = block.next;
+    for (;;) {
+        if (threadIdx.x == 0) *next = atomicAdd(p.turns, 1);
+        __syncthreads();
+        const u32 index = *next;
+        if (index >= u32(p.maps)) return;
+        block.enter(index);
+        const bool exists = TEAM || block.image < p.images;
+        if (exists) block.clear();
 #pragma unroll 1
-    for (int pass = 0; pass < 2; pass++) block.layout_pass(pass);
+        for (int pass = 0; pass < 2; pass++) {
+            block.fetch_weights(pass);
+            if (exists) block.layout_pass(pass);
+        }
+    }
 }
 
 // ---- before and after -----------------------------------------------------------------------------------------------
@@ -419,9 +435,11 @@ extern "C" __global__ void ss2d_backward_prepare(const __grid_constant__ Prepara
                 const int row = 16 * (item - SELECT + RANK / 16) + g + 8 * (n & 1);
                 low = high = row == RANK + (n >> 1) ? 1.f : 0.f;
             } else {
-                const int c = channel + 2 * g + (n & 1);
-                const float v = c < p.channels ? (n < 2 ? p.bias : p.A)[u64(route) * p.channels + c] : 0.f;
-                word[n] = __float_as_uint(n < 2 ? v * LOG2E : v);
+                const bool rest = item > CONSTANTS;  // what rounding leaves of log2(e) times the bias, over log2(e)
+                const int c = channel + 2 * g + (rest ? n >> 1 : n & 1);
+                const float v = c < p.channels ? (rest || n < 2 ? p.bias : p.A)[u64(route) * p.channels + c] : 0.f;
+                const float scaled = v * -LOG2E;
+                word[n] = __float_as_uint(rest ? float(v + scaled / 1.4426950408889634) : n < 2 ? scaled : v);
                 continue;
             }
             const bool as_bf16 = BF16 || item >= BACK;
@@ -439,8 +457,8 @@ extern "C" __global__ void ss2d_backward_prepare(const __grid_constant__ Prepara
 // Rounds the gradient of `projected` and puts it in map order: a block takes FINISH chunks of one route of an image.
 constexpr int FINISH = ROW * CHUNK > 2048 ? 1 : 2048 / (ROW * CHUNK);
 
-extern "C" __global__ void ss2d_backward_finish(const float* sums, u16* dprojected, int length, int chunks, int height,
-                                                int width, int columns) {
+extern "C" __global__ void ss2d_backward_finish(const float* sums, u16* dprojected, int length, int chunks, int pieces,
+                                                int height, int width, int columns) {
     __shared__ float tile[ROW][FINISH * CHUNK + 1];
     const int groups = (chunks + FINISH - 1) / FINISH;
     const int first = blockIdx.x % groups * FINISH, route = blockIdx.x / groups % 4;
@@ -448,24 +466,28 @@ extern "C" __global__ void ss2d_backward_finish(const float* sums, u16* dproject
     const int here = min(FINISH, chunks - first);
     const float4* source = reinterpret_cast<const float4*>(sums + ((image * 4 + route) * ROW * chunks + first) * CHUNK);
 #pragma unroll 8
-    for (int i = threadIdx.x; i < ROW * FINISH * 8; i += blockDim.x) {
-        const int row = i / (FINISH * 8), quad = i % (FINISH * 8);
-        if (quad >= here * 8) continue;
-        const float4 v = source[u64(row) * chunks * 8 + quad];
+    for (int i = threadIdx.x; i < ROW * FINISH * SLOTS; i += blockDim.x) {
+        const int row = i / (FINISH * SLOTS), quad = i % (FINISH * SLOTS);
+        if (quad >= here * SLOTS) continue;
+        const float4 v = source[u64(row) * chunks * SLOTS + quad];
         const float scale = row < RANK ? 1.f : LN2;
-        float* to = tile[row] + quad / 8 * CHUNK + quad % 4 * 8 + quad / 4 % 2 * 4;  // the order in which `emit` writes
+        // The order in which `emit` writes.
+        float* to = tile[row] + quad / SLOTS * CHUNK + quad % 4 * SLOTS + quad % SLOTS / 4 * 4;
         to[0] = v.x * scale;
         to[1] = v.y * scale;
         to[2] = v.z * scale;
         to[3] = v.w * scale;
     }
     __syncthreads();
-    const Fold fold(height);
+    const Fold fold(height), segment(pieces);
     constexpr int UNIT = ROW % 2 == 0 ? 2 : 1;
     for (int i = threadIdx.x; i < FINISH * CHUNK * (ROW / UNIT); i += blockDim.x) {
         const int local = i / (ROW / UNIT), entry = i % (ROW / UNIT) * UNIT;
-        u32 position = first * CHUNK + local, column, row;
-        if (position >= length) continue;
+        u32 warp, piece, column, row;
+        segment.split(first + local / CHUNK, warp, piece);
+        const u32 slot = local % SLOTS;
+        u32 position = ((4 * warp + local / SLOTS % 4) * pieces + piece) * T + slot;
+        if (slot >= T || position >= length) continue;
         if (columns && route % 2) {
             fold.split(position, column, row);
             position = row * width + column;

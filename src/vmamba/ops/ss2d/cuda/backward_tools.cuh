@@ -101,3 +101,14 @@ __device__ __forceinline__ void pass_turn(u32* counter, u32 ticket, int lane) {
 
 // Keeps the compiler from spreading a 64-bit base over every address that is built on it.
 __device__ __forceinline__ void pin(const char*& p) { asm("" : "+l"(p)); }
+
+__device__ __forceinline__ float from_lane(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+
+__device__ __forceinline__ u32 nearest_tf32(float v) { return (__float_as_uint(v) + 0x1000u) & 0xffffe000u; }
+
+// What is read once before it is read anew long after should not push weights out of the small L1 cache.
+__device__ __forceinline__ u32 load_once(const char* p) {
+    u32 v;
+    asm("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
