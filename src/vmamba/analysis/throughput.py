@@ -112,10 +112,10 @@ class Runner:
         self.autocast_dtype = _DTYPES[cast] if cast != workload.precision else None
         dtype = torch.float32 if self.autocast_dtype else _DTYPES[cast]
         model = build(workload.model, workload.img_size).to(device)
+        self.params = sum(p.numel() for p in model.parameters())  # before fusing, which leaves buffers
         model = _fused(model, workload, dtype) if workload.fused else model.to(dtype).train(training)
         memory_format = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
         self.model = model.to(memory_format=memory_format[workload.memory_format])
-        self.params = sum(p.numel() for p in model.parameters())
         images = torch.randn(workload.batch_size, 3, *workload.img_size, device=device, dtype=dtype)
         self.images = images.to(memory_format=memory_format[workload.memory_format])
         classes: Any = model.num_classes

@@ -28,6 +28,7 @@ class BenchmarkOptions:
         compiled: eager, or a mode of torch.compile (default, reduce-overhead, max-autotune,
             max-autotune-no-cudagraphs).
         modes: inference (a forward pass) or training (forward, cross-entropy and backward).
+        fused: Time our models for inference in the form that `vmamba.fuse` makes.
         device: cpu, cuda, or auto for the best there is.
         rounds: Turns each model takes; the median is reported.
         seconds_a_round: About how long a turn lasts.
@@ -43,6 +44,7 @@ class BenchmarkOptions:
     precisions: list[str] | None = None
     compiled: list[str] | None = None
     modes: list[str] = field(default_factory=lambda: ["inference"])
+    fused: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rounds: int = 10
     seconds_a_round: float = 0.3
@@ -101,6 +103,7 @@ def _groups(options: BenchmarkOptions, device: str) -> list[list[Workload]]:
     from typing import get_args
 
     from vmamba.analysis.throughput import CompileMode, Mode, Precision, Workload
+    from vmamba.models.config import list_models
 
     precisions = options.precisions or (["bfloat16"] if device == "cuda" else ["float32"])
     compiled = options.compiled or (["default"] if device == "cuda" else ["eager"])
@@ -114,8 +117,12 @@ def _groups(options: BenchmarkOptions, device: str) -> list[list[Workload]]:
                 raise ValueError(f"--{name} takes {', '.join(allowed)}; not {word}")
     names = list(dict.fromkeys([*options.models, *options.compare]))
     conditions = product(map(_size, options.img_sizes), options.batch_sizes, precisions, compiled, options.modes)
+    own = set(list_models(published=True)) if options.fused else set()
     return [
-        [Workload(name, size, batch, precision, how, mode) for name in names]  # type: ignore[arg-type]
+        [
+            Workload(name, size, batch, precision, how, mode, fused=name in own and mode == "inference")  # type: ignore[arg-type]
+            for name in names
+        ]
         for size, batch, precision, how, mode in conditions
     ]
 
@@ -143,7 +150,7 @@ def _print(measurements: Sequence[Measurement], peer: str, console: Any) -> None
             column.justify = "right"
         for m in group:
             table.add_row(
-                m.workload.model,
+                m.workload.model + (", fused" if m.workload.fused else ""),
                 str(m.workload.batch_size),
                 f"{m.median_ms:.2f}",
                 f"{m.spread:.0%}",
@@ -173,4 +180,5 @@ def _draw(measurements: Sequence[Measurement], title: str, path: Path) -> None:
 
 def _label(workload: Workload) -> str:
     height, width = workload.img_size
-    return f"{workload.model}\n{workload.mode}, {height}×{width}, batch {workload.batch_size}, {workload.precision}"
+    name = workload.model + (", fused" if workload.fused else "")
+    return f"{name}\n{workload.mode}, {height}×{width}, batch {workload.batch_size}, {workload.precision}"

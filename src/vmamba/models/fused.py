@@ -1,232 +1,36 @@
-"""VMamba for inference on a GPU: weights folded once, norms, activations and residuals inside the matrix products.
-
-`fuse` makes a new module; the model it came from stays as it is. What is done, and only where it was measured to pay
-(docs/performance.md): the affine part of each norm goes into the linear layer after it; on narrow maps, where products
-are bound by memory, norm, product and residual are one kernel and so is the whole MLP; the first layers of the stem are
-one kernel each; the scan gives its result in 16 bits.
-"""
-
-import copy
-from typing import TYPE_CHECKING, Any
+"""The fastest form of a model for inference, made from it once."""
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from vmamba.models.layers import LayerNorm
-from vmamba.models.ss2d import SS2D
-from vmamba.models.vmamba import VMamba, VSSBlock
-from vmamba.ops import ss2d_scan
-from vmamba.ops.convolution.api import conv_norm, depthwise_silu
-from vmamba.ops.linear.api import linear_gelu, norm_linear, norm_mlp, why_not
-
-if TYPE_CHECKING:
-    from vmamba.models.config import VMambaConfig
-
-_NARROW = 256  # the most channels whose rows fit in a tile beside the weights
+from vmamba.models.vmamba import VMamba
 
 
-def fuse(model: VMamba, dtype: torch.dtype = torch.bfloat16) -> "FusedVMamba":
-    """Make the inference form of a model on its GPU. One way: weights cannot be read back out of it.
+def fuse(model: VMamba, dtype: torch.dtype | None = None) -> nn.Module:
+    """Make the inference form of a model for the device it is on.
+
+    On a GPU norms, activations and residuals go into the matrix products (`fused_gpu`), in 16 bits; compile it with
+    `torch.compile`. On the CPU weights are put in the order that oneDNN computes in (`fused_cpu`), in float32. One way:
+    train, save and change the model it came from, which stays as it is.
 
     Args:
-        model: on a CUDA device; left as it is.
-        dtype: bfloat16 or float16, of weights and maps. States, sums and norms are float32 all the same.
+        model: in any mode, on a CUDA device or the CPU.
+        dtype: on a GPU bfloat16 (the default) or float16; on the CPU float32.
 
     Returns:
-        A module with `forward`, `forward_features` and `forward_head` of the model, in evaluation mode, without
-        gradients; logits as far from float32 as those of `model.to(dtype)`. Compile it with `torch.compile`.
+        A module in evaluation mode, without gradients, with `forward`, `forward_features` and `forward_head`. Its
+        results are as near to those of the model in float64 as the model's own in that dtype.
 
     Raises:
-        ValueError: the model is of a kind that has no fused form, or is not where the kernels run; says which.
+        ValueError: the model, its device or the dtype has no such form; says which and why.
     """
-    probe = next(model.parameters()).new_empty(0, dtype=dtype)
-    if reason := why_not(probe) or _unsupported(model.config):
-        raise ValueError(f"this model cannot be fused: {reason}")
-    return FusedVMamba(model, dtype)
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        if dtype not in (None, torch.float32):
+            raise ValueError(f"this model cannot be fused on the CPU in {dtype}: the form there is float32")
+        from vmamba.models.fused_cpu import fuse_for_cpu
 
+        return fuse_for_cpu(model)
+    from vmamba.models.fused_gpu import fuse_for_gpu
 
-def _unsupported(config: "VMambaConfig") -> str | None:
-    """Name the first field of a configuration that the fused form does not know."""
-    known = {
-        "norm_layer": ("ln", "ln2d"),
-        "post_norm": (False,),
-        "gated": (False,),
-        "gated_mlp": (False,),
-        "out_norm": ("norm",),
-        "out_act": (False,),
-        "ssm_act": ("silu",),
-        "mlp_act": ("gelu",),
-        "d_conv": (3,),
-        "routes": ("cross2d", "bidi", "unidi"),
-        "sequential_routes": (False,),
-        "force_fp32": (False,),
-        "stem": ("overlap",),
-        "patch_size": (4,),
-        "patch_norm": (True,),
-        "pos_embed": (False,),
-    }
-    for field, values in known.items():
-        if (value := getattr(config, field)) not in values:
-            return f"it has {field}={value!r}, and the fused form knows {' and '.join(map(repr, values))}."
-    if config.ssm_ratio <= 0 or config.mlp_ratio <= 0:
-        return "its blocks lack one of the two branches."
-    if any(dim % 32 for dim in config.stage_dims) or config.stage_dims[0] not in (64, 96, 128, 192, 256):
-        return f"its widths {config.stage_dims} are not those of the stem's kernels (64, 96, 128, 192 or 256, doubled)."
-    return None
-
-
-class _Folded(nn.Module):
-    """W·diag(γ) and b + W β of a norm and the linear layer after it."""
-
-    def __init__(self, norm: LayerNorm, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        wide = weight.detach().float()
-        shift = wide @ norm.bias.detach().float()
-        self.eps = norm.eps
-        self.register_buffer("weight", (wide * norm.weight.detach().float()).to(dtype).contiguous())
-        self.register_buffer("bias", shift if bias is None else shift + bias.detach().float())
-
-    weight: Tensor
-    bias: Tensor
-
-    def normed(self, x: Tensor) -> Tensor:
-        """Apply what is left of the norm."""
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Norm, product, residual."""
-        if x.shape[-1] <= _NARROW and x.shape[-1] & 31 == 0:
-            return norm_linear(x, self.weight, self.bias, residual, eps=self.eps)
-        y = F.linear(self.normed(x), self.weight, self.bias.to(x.dtype))
-        return y if residual is None else residual + y
-
-
-class FusedBlock(nn.Module):
-    """A VSS block: (B, H, W, D) to (B, H, W, D)."""
-
-    def __init__(self, block: VSSBlock, dtype: torch.dtype) -> None:
-        super().__init__()
-        op, mlp = block.op, block.mlp
-        assert isinstance(op, SS2D)
-        assert mlp is not None
-        assert op.conv2d is not None
-        assert isinstance(block.norm, LayerNorm)
-        assert isinstance(block.norm2, LayerNorm)
-        assert isinstance(op.out_norm, LayerNorm)
-        self.routes, self.backend = op.routes, op.backend
-        self.in_proj = _Folded(block.norm, op.in_proj.weight, None, dtype)
-        self.out_proj = _Folded(op.out_norm, op.out_proj.weight, None, dtype)
-        self.fc1 = _Folded(block.norm2, mlp.fc1.weight, mlp.fc1.bias, dtype)
-        conv_bias = op.conv2d.bias
-        A, D, dt_bias = op._scan_parameters()
-        buffers = {
-            "conv_weight": op.conv2d.weight[:, 0].permute(1, 2, 0).to(dtype),  # (3, 3, E)
-            "conv_bias": None if conv_bias is None else conv_bias.float(),
-            "x_proj_weight": op.x_proj_weight.flatten(0, 1).to(dtype),
-            "dt_weight": op.dt_projs_weight.to(dtype),
-            "dt_bias": dt_bias.float(),
-            "A": A.float(),
-            "D": D.float(),
-            "fc2_weight": mlp.fc2.weight.to(dtype),
-            "fc2_bias": mlp.fc2.bias.float(),
-        }
-        for name, tensor in buffers.items():
-            self.register_buffer(name, None if tensor is None else tensor.detach().clone().contiguous())
-
-    conv_weight: Tensor
-    conv_bias: Tensor | None
-    x_proj_weight: Tensor
-    dt_weight: Tensor
-    dt_bias: Tensor
-    A: Tensor
-    D: Tensor
-    fc2_weight: Tensor
-    fc2_bias: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, D) to (B, H, W, D)."""
-        B, H, W, _ = x.shape
-        u = depthwise_silu(self.in_proj(x), self.conv_weight, self.conv_bias).view(B, H * W, -1)
-        y = ss2d_scan(
-            u,
-            F.linear(u, self.x_proj_weight),
-            self.dt_weight,
-            self.dt_bias,
-            self.A,
-            self.D,
-            height=H,
-            width=W,
-            routes=self.routes,
-            out_dtype=x.dtype,
-            backend=self.backend,
-        )
-        return self._mlp(self.out_proj(y.view(B, H, W, -1), x))
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        fc1 = self.fc1
-        if x.shape[-1] <= _NARROW:
-            return norm_mlp(x, fc1.weight, fc1.bias, self.fc2_weight, self.fc2_bias, eps=fc1.eps)
-        hidden = linear_gelu(fc1.normed(x), fc1.weight, fc1.bias)
-        return x + F.linear(hidden, self.fc2_weight, self.fc2_bias.to(x.dtype))
-
-
-class _StemLayer(nn.Module):
-    """A convolution of stride 2, its norm, perhaps GELU: (B, C, H, W) to (B, H / 2, W / 2, N)."""
-
-    def __init__(self, conv: nn.Conv2d, norm: LayerNorm, gelu: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.eps, self.gelu = norm.eps, gelu
-        filters = conv.weight.detach().permute(2, 3, 1, 0).reshape(-1, conv.out_channels)
-        self.register_buffer("weight", filters.to(dtype).contiguous())
-        assert conv.bias is not None
-        for name, tensor in (("bias", conv.bias), ("gamma", norm.weight), ("beta", norm.bias)):
-            self.register_buffer(name, tensor.detach().float().clone())
-
-    weight: Tensor
-    bias: Tensor
-    gamma: Tensor
-    beta: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve, normalise, activate."""
-        return conv_norm(x, self.weight, self.bias, self.gamma, self.beta, eps=self.eps, gelu=self.gelu)
-
-
-class FusedVMamba(nn.Module):
-    """The inference form of a VMamba; see `fuse`."""
-
-    def __init__(self, model: VMamba, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config, self.num_classes, self.dtype = model.config, model.num_classes, dtype
-        self.global_pool, self.in_chans = model.global_pool, model.in_chans
-        layers: Any = model.patch_embed
-        first, norm1, second, norm2 = (layers[i] for i in (0, 2, 5, 7))
-        self.stem = nn.Sequential(_StemLayer(first, norm1, True, dtype), _StemLayer(second, norm2, False, dtype))
-        self.stages, self.downsamples = nn.ModuleList(), nn.ModuleList()
-        for stage in model.stages():
-            blocks: Any = stage.blocks
-            self.stages.append(nn.Sequential(*[FusedBlock(block, dtype) for block in blocks]))
-            self.downsamples.append(copy.deepcopy(stage.downsample).to(dtype))
-        self.norm = copy.deepcopy(model.classifier.norm).to(dtype)
-        self.head = copy.deepcopy(model.classifier.head).to(dtype)
-        self.requires_grad_(False).eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to the normalised last map (B, C, H/32, W/32)."""
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"images must be (B, {self.in_chans}, H, W); got shape {tuple(x.shape)}")
-        x = self.stem[1](self.stem[0](x.to(self.dtype)).permute(0, 3, 1, 2))
-        for blocks, downsample in zip(self.stages, self.downsamples, strict=True):
-            x = downsample(blocks(x))
-        return self.norm(x).permute(0, 3, 1, 2)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map `forward_features`'s (B, C, h, w) to logits; to the pooled features (B, C) with `pre_logits`."""
-        if self.global_pool == "avg":
-            x = x.mean(dim=(2, 3))
-        return x if pre_logits else self.head(x)
+    return fuse_for_gpu(model, dtype or torch.bfloat16)

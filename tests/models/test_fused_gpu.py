@@ -1,4 +1,4 @@
-"""The inference form gives what the model gives."""
+"""The inference form for GPUs gives what the model gives."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import vmamba
-from vmamba.models import fused
+from vmamba.models import fused_gpu
 from vmamba.ops.convolution import reference as convolution
 from vmamba.ops.linear import reference as linear
 
@@ -26,12 +26,12 @@ def perturbed(name: str, **overrides: object) -> nn.Module:
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put what the kernels are specified to do in their place: folding and order are tested here, kernels on a GPU."""
-    monkeypatch.setattr(fused, "why_not", lambda x: None)
-    monkeypatch.setattr(fused, "norm_linear", linear.norm_linear_reference)
-    monkeypatch.setattr(fused, "linear_gelu", linear.linear_gelu_reference)
-    monkeypatch.setattr(fused, "norm_mlp", linear.norm_mlp_reference)
-    monkeypatch.setattr(fused, "depthwise_silu", convolution.depthwise_silu_reference)
-    monkeypatch.setattr(fused, "conv_norm", convolution.conv_norm_reference)
+    monkeypatch.setattr(fused_gpu, "why_not", lambda x: None)
+    monkeypatch.setattr(fused_gpu, "norm_linear", linear.norm_linear_reference)
+    monkeypatch.setattr(fused_gpu, "linear_gelu", linear.linear_gelu_reference)
+    monkeypatch.setattr(fused_gpu, "norm_mlp", linear.norm_mlp_reference)
+    monkeypatch.setattr(fused_gpu, "depthwise_silu", convolution.depthwise_silu_reference)
+    monkeypatch.setattr(fused_gpu, "conv_norm", convolution.conv_norm_reference)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_folding_changes_nothing(without_kernels: None, overrides: dict[str, obj
     x = torch.randn(2, model.config.in_chans, *size)
     with torch.no_grad():
         expected, features = model(x), model.forward_features(x)
-        small = fused.fuse(model, torch.float32)
+        small = fused_gpu.fuse_for_gpu(model, torch.float32)
         torch.testing.assert_close(small(x), expected, rtol=1e-4, atol=2e-5)
         torch.testing.assert_close(small.forward_features(x), features, rtol=1e-4, atol=2e-5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -69,12 +69,21 @@ def test_folding_changes_nothing(without_kernels: None, overrides: dict[str, obj
 def test_what_cannot_be_fused_is_named(without_kernels: None, overrides: dict[str, object], reason: str) -> None:
     model = vmamba.create_model("vmamba_test", **{"dims": 64, **overrides})
     with pytest.raises(ValueError, match=reason):
-        fused.fuse(model, torch.float32)
+        fused_gpu.fuse_for_gpu(model, torch.float32)
 
 
 def test_a_model_off_the_gpu_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot be fused: .*CUDA"):
-        fused.fuse(vmamba.create_model("vmamba_test"))
+    with pytest.raises(ValueError, match=r"cannot be fused for a GPU: .*CUDA"):
+        fused_gpu.fuse_for_gpu(vmamba.create_model("vmamba_test"))
+
+
+def test_fuse_takes_the_form_of_the_device() -> None:
+    model = vmamba.create_model("vmamba_test").eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(vmamba.fuse(model)(x), model(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="the form there is float32"):
+        vmamba.fuse(model, torch.bfloat16)
 
 
 @pytest.mark.gpu
@@ -84,9 +93,9 @@ def test_errors_are_those_of_the_dtype(name: str, dtype: torch.dtype) -> None:
     model = perturbed(name).cuda()
     if name == "vmamba_nano":  # its stem has patches of 2 pixels
         with pytest.raises(ValueError, match="patch_size"):
-            fused.fuse(model, dtype)
+            fused_gpu.fuse_for_gpu(model, dtype)
         return
-    small, plain = fused.fuse(model, dtype), copy.deepcopy(model).to(dtype)
+    small, plain = fused_gpu.fuse_for_gpu(model, dtype), copy.deepcopy(model).to(dtype)
     for shape in ((4, 3, 224, 224), (1, 3, 96, 160), (3, 3, 250, 199)):
         x = torch.randn(shape, device="cuda")
         with torch.no_grad():
