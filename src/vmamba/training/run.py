@@ -18,7 +18,7 @@ from vmamba.data.loaders import Share
 from vmamba.training.agreement import Agreement
 from vmamba.training.checkpointing import CheckpointFolder, Position, read_checkpoint_folder, seed_update
 from vmamba.training.guards import InterruptGuard, StallWatch, TrainingFailedError, smaller_batch
-from vmamba.training.optim import make_ema, make_optimizer, make_schedule
+from vmamba.training.optim import make_ema, make_optimizer
 from vmamba.training.processes import check_run, load_state, make_accelerator
 from vmamba.training.progress import LiveProgress
 from vmamba.training.recipe import RunOptions
@@ -136,7 +136,7 @@ def prepare(
     path = together.on_main(lambda: (earlier or new_run_folder(recipe.output, run_name or task.name)).path)
     folder = RunFolder(path)
     optimizer = make_optimizer(task.parameter_groups(recipe), recipe.optimizer, recipe.batch_size, fused=pin)
-    schedule = make_schedule(optimizer, recipe.optimizer, recipe.epochs, loader.steps, recipe.batch_size)
+    schedule = task.schedule(optimizer, recipe, loader.steps)
     # Before accelerate wraps the model: a copy of the wrapper would still call the original.
     ema = make_ema(task.model, recipe.optimizer)
     spare = copy.deepcopy(task.model) if recipe.parallel == "fsdp" else None

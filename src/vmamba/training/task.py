@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from vmamba.data.loaders import Share
-from vmamba.training.optim import parameter_groups
+from vmamba.training.optim import make_schedule, parameter_groups
 from vmamba.training.recipe import RunOptions
 
 
@@ -147,3 +147,13 @@ class Task(ABC):
     def parameter_groups(self, recipe: RunOptions) -> list[dict[str, Any]]:
         """Return the optimiser's groups: weight decay and layer decay as the recipe has them."""
         return parameter_groups(self.model, recipe.optimizer)
+
+    def schedule(self, optimizer: optim.Optimizer, recipe: RunOptions, steps: int) -> Any:
+        """Return a timm scheduler counted in updates, whose rate is a function of their number alone.
+
+        Args:
+            optimizer: Whose rate is set.
+            recipe: Epochs, batch size and rates.
+            steps: Updates in an epoch.
+        """
+        return make_schedule(optimizer, recipe.optimizer, recipe.epochs, steps, recipe.batch_size)
