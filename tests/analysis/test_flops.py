@@ -10,6 +10,8 @@ from torch import nn
 
 import vmamba
 from vmamba.analysis.flops import count_flops
+from vmamba.models.fused_cpu import unavailable
+from vmamba.models.fused_gpu import FusedVMamba
 from vmamba.models.published import PUBLISHED
 
 
@@ -86,6 +88,20 @@ def test_attention_is_counted_fused_or_not(fused: bool) -> None:
 def test_peers_have_their_published_flops() -> None:
     for name, gflops in (("swin_tiny_patch4_window7_224", 4.5), ("convnext_tiny", 4.5), ("resnet50", 4.1)):
         assert count_flops(timm.create_model(name)).total / 1e9 == pytest.approx(gflops, rel=0.02)
+
+
+def test_a_fused_model_counts_as_the_model_it_came_from_less_the_folded_norms() -> None:
+    model = vmamba.create_model("vmamba_test", depths=(1, 1, 1), dims=(64, 128, 256), d_state=2).eval()
+    plain = count_flops(model, (64, 96))
+    fused = count_flops(FusedVMamba(model, torch.bfloat16), (64, 96))
+    # Three norms of a block lose their scale and shift to the product after them: one operation of five an element.
+    positions = [16 * 24, 8 * 12, 4 * 6]
+    folded = sum(3 * length * dim for length, dim in zip(positions, (64, 128, 256), strict=True))
+    assert fused.total == plain.total - folded
+    if unavailable() is None:
+        on_cpu = count_flops(vmamba.fuse(model), (64, 96))
+        assert on_cpu.total == plain.total
+        assert on_cpu.by_module["layers.1"] == plain.by_module["layers.1"]
 
 
 def test_an_operator_without_a_formula_is_an_error_not_a_zero() -> None:

@@ -19,7 +19,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import vmamba.ops  # noqa: F401  (defines the operators counted below)
+import vmamba.ops
+import vmamba.ops.convolution.api
+import vmamba.ops.linear.api  # noqa: F401
+from vmamba.models.fused_cpu import PackedLinear
 
 Convention = Literal["authors", "naive"]
 
@@ -127,7 +130,21 @@ def _without_memory(model: nn.Module) -> nn.Module:
         for module in reversed(list(model.modules())):  # the innermost first
             if isinstance(plain := getattr(module, "_orig_mod", None), nn.Module):
                 memo[id(module)] = copy.deepcopy(plain, memo)
+            elif isinstance(module, PackedLinear):  # its weights have an order of the processor's own
+                sizes = module.in_features, module.out_features
+                memo[id(module)] = nn.Linear(*sizes, bias=module.bias is not None, device="meta")
+            else:
+                for tensor in _plain_tensors(module):
+                    memo[id(tensor)] = torch.empty_like(tensor, device="meta")
         return copy.deepcopy(model, memo)
+
+
+def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a module keeps as mere attributes, which is neither as parameters nor as buffers."""
+    for value in vars(module).values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, torch.Tensor):
+                yield item
 
 
 def _first_convolution(model: nn.Module) -> nn.Conv2d:
@@ -166,6 +183,28 @@ def _layer_norm(x: Any, normalized_shape: Any, weight: Any = None, *_: Any, **__
     return 2 * prod(x) * (4 if weight is None else 5)
 
 
+def _norm_linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * (prod(x) * weight[0] + 4 * prod(x))  # the norm's own weights are folded into the product's
+
+
+def _linear_gelu(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * prod(x) * weight[0]
+
+
+def _norm_mlp(x: Any, w1: Any, *_: Any, **__: Any) -> int:
+    return 2 * (2 * prod(x) * w1[0] + 4 * prod(x))
+
+
+def _depthwise_silu(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * prod(x) * weight[0] * weight[1]
+
+
+def _conv_norm(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    batch, _channels, height, width = x
+    taps, filters = weight
+    return 2 * batch * -(-height // 2) * -(-width // 2) * filters * (taps + 5)
+
+
 def _batch_norm(x: Any, *_: Any, **__: Any) -> int:
     return 2 * prod(x) * 2
 
@@ -177,6 +216,11 @@ def _elementwise(x: Any, *_: Any, **__: Any) -> int:
 _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.vmamba.ss2d_scan: partial(_ss2d_scan, False),
     torch.ops.vmamba.selective_scan: partial(_selective_scan, False),
+    torch.ops.vmamba.norm_linear: _norm_linear,
+    torch.ops.vmamba.linear_gelu: _linear_gelu,
+    torch.ops.vmamba.norm_mlp: _norm_mlp,
+    torch.ops.vmamba.depthwise_silu: _depthwise_silu,
+    torch.ops.vmamba.conv_norm: _conv_norm,
     torch.ops.aten.native_layer_norm: _layer_norm,
     torch.ops.aten._native_batch_norm_legit_no_training: _batch_norm,
     torch.ops.aten.native_batch_norm: _batch_norm,
