@@ -23,8 +23,8 @@ launch._capability = lambda device: capability
 launch._multiprocessors = lambda device: 100
 
 
-def compile_kernel(kernel, dtype, **constants):
-    kinds = {"x_ptr": dtype, "d_ptr": dtype, "w_ptr": dtype, "b_ptr": dtype, "c_ptr": dtype}
+def compile_kernel(kernel, dtype, more=None, **constants):
+    kinds = {**(more or {}), "x_ptr": dtype, "d_ptr": dtype, "w_ptr": dtype, "b_ptr": dtype, "c_ptr": dtype}
     kinds |= {"map_ptr": dtype, "seq_ptr": dtype}
     options = {k: v for k, v in constants.items() if k in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
@@ -33,7 +33,8 @@ def compile_kernel(kernel, dtype, **constants):
         if name in constants:
             signature[name] = "constexpr"
         else:
-            signature[name] = "*" + kinds.get(name, "fp32") if name.endswith("_ptr") else "i32"
+            pointer = "*" + kinds.get(name, "fp32")
+            signature[name] = pointer if name.endswith("_ptr") else "fp32" if name == "eps" else "i32"
     aligned = [(i,) for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")]
     source = ASTSource(kernel, signature, constants, {place: [["tt.divisibility", 16]] for place in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -70,6 +71,21 @@ for merge in (False, True):
         routes_triton_kernels.cross_kernel, "bf16", K=4, PATTERN=0, FLIP=True, MERGE=merge, LAST=False, WIDE=False,
         BH=32, BW=32, BC=1,
     )
+
+from vmamba.ops.convolution import triton_kernels as convolution
+from vmamba.ops.layer_norm import triton_kernels as layer_norm
+from vmamba.ops.linear import triton_kernels as linear
+
+for kernel, warps, stages, constants in (
+    (linear.norm_linear_kernel, 4, 1, {"K0": 64, "K1": 32, "N": 96, "BIAS": 1, "RESIDUAL": 1, "BM": 64, "BN": 32}),
+    (linear.linear_gelu_kernel, 8, 3, {"K": 384, "N": 1536, "BM": 128, "BN": 128, "BK": 64}),
+    (linear.norm_mlp_kernel, 4, 2, {"D0": 64, "D1": 32, "HIDDEN": 384, "BM": 64, "BH": 32}),
+    (convolution.depthwise_silu_kernel, 1, 2, {"C": 96, "BIAS": False, "ROWS": 14, "BW": 8, "BC": 64}),
+    (convolution.conv_norm_kernel, 4, 2, {"CIN": 3, "N0": 32, "N1": 16, "ACT_GELU": True, "BM": 64, "BK": 32}),
+    (layer_norm.layer_norm_bwd_kernel, 4, 2, {"D": 96, "SKIP": True, "BM": 16, "BD": 128}),
+):
+    kinds = {"w1_ptr": "bf16", "w2_ptr": "bf16", "y_ptr": "bf16", "residual_ptr": "bf16", "dx_ptr": "bf16"}
+    compile_kernel(kernel, "bf16", kinds, num_warps=warps, num_stages=stages, **constants)
 print("compiled")
 """
 
