@@ -132,7 +132,7 @@ def main() -> None:
         inference = measure_ladder("cuda", modes=["inference"], **pace)
         write_csv(arguments.output / "ladder.csv", ladder_table(inference, "cuda"))
         show(inference)
-        eager = [step for step in LADDER if arguments.compile_training or not step.compiled]
+        eager = [step for step in LADDER if not step.fused and (arguments.compile_training or not step.compiled)]
         training = {row.step: row.training for row in measure_ladder("cuda", steps=eager, modes=["training"], **pace)}
         rows = [replace(row, training=training.get(row.step)) for row in inference]
         write_csv(arguments.output / "ladder.csv", ladder_table(rows, "cuda"))
