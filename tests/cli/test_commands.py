@@ -285,6 +285,7 @@ def test_doctor_shows_versions_and_explains_every_backend(vmamba):
     assert rows["cpu", "ss2d_scan", "chunked"]["can_run"]
     assert not rows["cpu", "ss2d_scan", "triton"]["can_run"]
     assert all(row["reason"] for row in rows.values())
+    assert [cache["kind"].split()[0] for cache in findings["caches"]] == ["CUDA", "Triton", "torch.compile"]
     table = vmamba("doctor").out
     assert "selective_scan" in table
     assert "python" in table

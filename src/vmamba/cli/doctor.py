@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import os
 import platform
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 from vmamba.cli.arguments import parse
@@ -57,8 +61,37 @@ def examine() -> dict[str, Any]:
         "system": platform.platform(),
         "cuda": torch.version.cuda,
         "devices": devices,
+        "caches": _caches(),
         "backends": [{"device": place, **row._asdict()} for place in places for row in explain_backends(place)],
     }
+
+
+def _caches() -> list[dict[str, Any]]:
+    """Say where compiled kernels are kept between runs and how much is there: where it is empty, a first run waits."""
+    from vmamba.ops.nvrtc import cache_folder
+
+    places = {
+        "CUDA kernels (NVRTC, about a second each)": cache_folder(),
+        "Triton kernels (seconds each)": Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"),
+        "torch.compile (tens of seconds a model)": Path(
+            os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir()) / f"torchinductor_{_user()}"
+        ),
+    }
+    rows = []
+    for name, folder in places.items():
+        sizes = []
+        for path in folder.rglob("*") if folder.is_dir() else ():
+            with contextlib.suppress(OSError):  # a run of now may be moving its files about
+                sizes += [path.stat().st_size] if path.is_file() else []
+        rows.append({"kind": name, "folder": str(folder), "files": len(sizes), "bytes": sum(sizes)})
+    return rows
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return str(os.getuid())
 
 
 def _version(package: str) -> str | None:
@@ -78,6 +111,9 @@ def _print_tables(findings: dict[str, Any]) -> None:
     console.print(f"system    {findings['system']}; torch built for CUDA {findings['cuda'] or '–'}", highlight=False)
     for device in findings["devices"]:
         console.print(f"device    {device}", highlight=False)
+    for cache in findings["caches"]:
+        held = f"{cache['files']:,} files, {cache['bytes'] / 2**20:,.1f} MiB" if cache["files"] else "empty"
+        console.print(f"cache     {cache['kind']}: {cache['folder']}, {held}", highlight=False)
     table = Table("device", "operation", "backend", "runs", "why")
     previous = ""
     for row in findings["backends"]:

@@ -99,7 +99,8 @@ def _check_driver(status: int, action: str) -> None:
         raise RuntimeError(f"the CUDA driver could not {action}: {reason} (code {status})")
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Return the folder of compiled kernels: in `$VMAMBA_CACHE_DIR`, else `$XDG_CACHE_HOME` or `~/.cache`."""
     explicit = os.environ.get("VMAMBA_CACHE_DIR")
     if explicit:
         return Path(explicit) / "cubin"
@@ -130,7 +131,7 @@ def compile_cubin(
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", *_OPTIONS]
     source = _with_defines(source, defines)
     key = hashlib.sha256("\0".join([source, *options, str(nvrtc_version())]).encode()).hexdigest()
-    path = _cache_folder() / f"{key}.cubin"
+    path = cache_folder() / f"{key}.cubin"
     if use_cache:
         try:
             return path.read_bytes()
