@@ -142,7 +142,9 @@ def tables(step: Step, given: Assumptions) -> str:
         )
     lines += [
         "",
-        "| run | images seen | " + " | ".join(f"{gpus} GPUs" for gpus in GPUS) + " | GPU hours | cost |",
+        "| run | images seen | "
+        + " | ".join(f"{gpus} GPU{'s' if gpus > 1 else ''}" for gpus in GPUS)
+        + " | GPU hours | cost |",
         "|---|---:|" + "---:|" * (len(GPUS) + 2),
     ]
     runs = (("ImageNet-1K, 300 epochs", 300 * IMAGENET), ("a billion images, 10 passes", 10 * BILLION))
