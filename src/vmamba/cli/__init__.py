@@ -33,6 +33,7 @@ _EXTRAS = {
     "prometheus_client": "serve",
     "gradio": "demo",
     "pyarrow": "embed",
+    "transformers": "segmentation",
 }
 _EXTRA_PACKAGES = {"accelerate", "matplotlib", "sklearn", "tensorboard", "torchmetrics", *_EXTRAS}
 _BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130
