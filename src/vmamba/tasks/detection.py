@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
@@ -42,7 +43,7 @@ class DetectorConfig:
         masks: Whether it tells shapes too (Mask R-CNN) or boxes alone (Faster R-CNN).
         min_size: Length in pixels that the short side of an image is brought to.
         max_size: Length that the long side may have then.
-        channels: Width of the feature pyramid.
+        channels: Width of the feature pyramid and of the mask head, and a quarter of the box head's; 256 as published.
         score_threshold: Confidence below which nothing is reported.
         nms_threshold: Overlap (IoU) above which the less confident of two boxes of a class is dropped.
         detections: Most objects reported in an image.
@@ -213,14 +214,19 @@ def make_detector(body: nn.Module, widths: Sequence[int], config: DetectorConfig
         "rpn_pre_nms_top_n_test": 1000,
         "rpn_post_nms_top_n_test": 1000,
         "box_roi_pool": PyramidRoIAlign(7),
+        "box_head": TwoMLPHead(49 * config.channels, 4 * config.channels),
+        "box_predictor": _BoxPredictor(4 * config.channels, config.classes + 1),
         "box_score_thresh": config.score_threshold,
         "box_nms_thresh": config.nms_threshold,
         "box_detections_per_img": config.detections,
     }
     if config.masks:
-        options["mask_roi_pool"] = PyramidRoIAlign(14)
-    detector = (MaskRCNN if config.masks else FasterRCNN)(backbone, config.classes + 1, **options)
-    detector.roi_heads.box_predictor = _BoxPredictor(1024, config.classes + 1)
+        options |= {
+            "mask_roi_pool": PyramidRoIAlign(14),
+            "mask_head": MaskRCNNHeads(config.channels, (config.channels,) * 4, 1),
+            "mask_predictor": MaskRCNNPredictor(config.channels, config.channels, config.classes + 1),
+        }
+    detector = (MaskRCNN if config.masks else FasterRCNN)(backbone, **options)
     before = detector.transform
     detector.transform = _Resizing(image_mean=before.image_mean, image_std=before.image_std, **size)
     detector.config = config
@@ -247,6 +253,13 @@ def make_vmamba_detector(
         name = backbone if isinstance(backbone, str) else "this configuration"
         raise ValueError(f"a detector needs maps at strides 4, 8, 16 and 32; {name} has them at {strides}")
     return make_detector(body, body.config.stage_dims, config)
+
+
+def config_of(detector: nn.Module) -> DetectorConfig:
+    """Return the configuration a detector was made with."""
+    config = detector.config
+    assert isinstance(config, DetectorConfig), "not made by make_detector"
+    return config
 
 
 def paste_masks(found: Mapping[str, Tensor], size: tuple[int, int], first: int = 0, number: int = 0) -> Tensor:
