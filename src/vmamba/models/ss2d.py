@@ -130,7 +130,7 @@ class SS2D(nn.Module):
         y = ss2d_scan(
             x,
             projected.to(x.dtype),
-            self.dt_projs_weight[k],
+            self.dt_projs_weight[k].to(x.dtype),  # as autocast does with the weights of any product
             dt_bias[k],
             A[k],
             D[k],
