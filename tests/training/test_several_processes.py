@@ -1,5 +1,6 @@
 """The engine in two processes over gloo; one group of them does what belongs together: starting it takes longest."""
 
+import json
 import os
 import signal
 import time
@@ -181,3 +182,27 @@ def everyone_hears_of_it(data, folder):
 
 def test_what_one_process_refuses_all_refuse(colours, tmp_path):
     Group(tmp_path / "logs", everyone_hears_of_it, colours, tmp_path).finish()
+
+
+def evaluate_by_command(run, folder, output):
+    from vmamba.cli import main
+
+    os.chdir(folder)
+    assert main(["eval", "--checkpoint", str(run), "--output", str(output), "--split", "all"]) == 0
+
+
+def test_evaluation_by_command_is_that_of_one_process(colours, tmp_path):
+    train(recipe(colours, tmp_path / "run", epochs=1), quiet())
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / f"{processes}.json"
+        folder = tmp_path / f"logs-{processes}"
+        Group(folder, evaluate_by_command, tmp_path / "run", tmp_path, output, processes=processes).finish()
+        assert (folder / "process-0.log").read_text().count("top-1") == 1
+        found.append(json.loads(output.read_text()))
+    alone, together = found
+    assert alone["count"] == together["count"] == 36
+    for figure in ("top1", "top5", "confusion", "per_class"):
+        assert alone[figure] == together[figure]
+    assert alone["loss"] == pytest.approx(together["loss"], rel=1e-6)
+    assert "top-1" not in (tmp_path / "logs-2" / "process-1.log").read_text()

@@ -82,7 +82,7 @@ def evaluate_classifier(argv: Sequence[str]) -> int:
 
     from vmamba.cli.opening import open_model, to_json, write_text
     from vmamba.data.sources import open_source
-    from vmamba.training.processes import evaluation_group
+    from vmamba.training.processes import evaluation_group, leave
 
     group = evaluation_group(options.device)
     opened = open_model(_file_of(options), str(group.device), options.img_size)
@@ -93,6 +93,7 @@ def evaluate_classifier(argv: Sequence[str]) -> int:
     damaged: list[str] = []
     report = _measure(opened, source, _images_of(source, options.split), options, damaged, group.share)
     damaged = group.collected(damaged)
+    leave()
     if not group.speaks:
         return 1 if damaged else 0
     content = {"checkpoint": opened.name, "data": source.spec, "split": options.split, **report.to_dict()}

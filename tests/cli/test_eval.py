@@ -1,0 +1,46 @@
+import json
+
+import pytest
+
+
+def measured(vmamba, *words):
+    outcome = vmamba("eval", *words, "--format", "json")
+    assert outcome.status == 0, outcome.err
+    return json.loads(outcome.out)
+
+
+def test_each_of_a_runs_weights_can_be_measured(vmamba, trained):
+    best = measured(vmamba, "--checkpoint", trained)
+    last, raw = (measured(vmamba, "--checkpoint", trained, "--weights", name) for name in ("last", "raw"))
+    assert best["checkpoint"].endswith("best.safetensors")
+    assert raw["checkpoint"].endswith("model.safetensors")
+    assert raw["loss"] == last["loss"]  # this run keeps no moving average
+    assert best["count"] == 359
+
+
+def test_resolution_and_crop_can_be_chosen(vmamba, trained):
+    plain = measured(vmamba, "--checkpoint", trained)
+    larger = measured(vmamba, "--checkpoint", trained, "--img_size", "64")
+    cropped = measured(vmamba, "--checkpoint", trained, "--crop_pct", "0.8", "--crop_mode", "center")
+    assert len({plain["loss"], larger["loss"], cropped["loss"]}) == 3
+    assert larger["count"] == cropped["count"] == 359
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--weights", "ema"], "holds no ema.safetensors"),
+        (["--crop_pct", "1.5"], "crop_pct must lie in (0, 1]"),
+        (["--weights", "worst"], "--weights"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(vmamba, trained, words, message):
+    outcome = vmamba("eval", "--checkpoint", trained, *words)
+    assert outcome.status == 2
+    assert message in outcome.err
+
+
+def test_weights_of_a_file_cannot_be_chosen(vmamba, trained):
+    outcome = vmamba("eval", "--checkpoint", trained / "best.safetensors", "--weights", "raw")
+    assert outcome.status == 2
+    assert "must be its folder" in outcome.err
