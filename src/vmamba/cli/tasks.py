@@ -38,6 +38,13 @@ TASKS = {
         evaluate="vmamba.cli.eval:evaluate_classifier",
         predict="vmamba.cli.predict:predict_classes",
     ),
+    "detection": TaskCommands(
+        recipe="vmamba.training.detection_recipe:DetectionRecipe",
+        make_task="vmamba.training.detection:DetectionTask",
+        headline="vmamba.cli.detection:headline",
+        evaluate="vmamba.cli.detection:evaluate",
+        predict="vmamba.cli.detection:predict",
+    ),
 }
 
 
