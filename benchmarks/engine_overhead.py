@@ -102,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="vmamba_nano")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--img_size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="fp32")
@@ -111,7 +112,7 @@ def main() -> None:
         model=arguments.model,
         batch_size=arguments.batch,
         epochs=1,
-        img_size=32,
+        img_size=arguments.img_size,
         trackers=(),
         precision=arguments.precision,
     )

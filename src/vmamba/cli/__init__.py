@@ -95,7 +95,7 @@ def _run(command: str, words: Sequence[str]) -> int:
 
 
 def _is_expected(error: RuntimeError) -> bool:
-    return type(error).__name__ in ("TrainingFailedError", "OutOfMemoryError", "ExportFailedError")
+    return type(error).__name__ in ("TrainingFailedError", "LoaderError", "OutOfMemoryError", "ExportFailedError")
 
 
 def _sentence(error: Exception) -> str:
