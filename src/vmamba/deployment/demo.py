@@ -19,6 +19,7 @@ _CSS = """
 @media (max-width: 600px) {
   .gradio-container { padding: 8px !important; }
   .pictures { flex-direction: column !important; }
+  .pictures > * { width: 100% !important; }
 }
 """
 

@@ -1,0 +1,116 @@
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+import vmamba as package
+from vmamba.data.transforms import Preprocessing
+from vmamba.deployment.files import load_exported
+
+
+@pytest.fixture
+def weights(tmp_path):
+    metadata = {"labels": [str(i) for i in range(10)], **Preprocessing.for_style("glyphs", 32).to_dict()}
+    path = tmp_path / "weights.safetensors"
+    package.save_checkpoint(package.create_model("vmamba_test", depths=(1, 1)), path, metadata=metadata)
+    return path
+
+
+def test_export_and_what_the_file_says(vmamba, weights, tmp_path):
+    outcome = vmamba("export", weights, "out.onnx", "--data", "digits")
+    assert outcome.status == 0, outcome.err
+    assert "largest difference from the model in PyTorch" in outcome.out
+    assert "accuracy on 359 held-out images" in outcome.out
+    told = load_exported(tmp_path / "out.onnx").description
+    assert told.labels[9] == "9"
+    assert len(told.source_sha256) == 64
+    assert vmamba("export", weights, "out.onnx").status == 2
+    served = vmamba("serve", "out.onnx", "--host", "no such host")
+    assert served.status == 2
+    assert "cannot listen" in served.err or "host" in served.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["export"], "name what to export"),
+        (["export", "vmamba_tset", "x.onnx"], "vmamba_tset"),
+        (["export", "vmamba_test", "x.txt", "--pretrained", "false"], "must end in .onnx"),
+        (["export", "vmamba_test", "--img_size", "3"], "img_size must be 32 or more"),
+        (["export", "vmamba_test", "--task", "features", "--data", "digits"], "--task classification"),
+        (["serve", "missing.onnx"], "there is no file"),
+        (["serve", "--port", "99999"], "port must be"),
+        (["serve", "--max_batch", "0"], "max_batch must be 1 or more"),
+        (["embed", "images"], "name the images and the file"),
+        (["embed", "nowhere", "x.npz"], "no images at nowhere"),
+        (["embed", "nowhere", "no/x.npz"], "there is no folder"),
+        (["demo", "--port", "-1"], "port must be"),
+    ],
+)
+def test_what_cannot_be(vmamba, words, message):
+    outcome = vmamba(*words)
+    assert outcome.status == 2
+    assert message in outcome.err
+
+
+def test_embed(vmamba, weights, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "images" / "red.png")
+    (tmp_path / "images" / "bad.png").write_bytes(b"x")
+    outcome = vmamba("embed", "images", "out.npz", "--checkpoint", weights, "--normalize", "true")
+    assert outcome.status == 1
+    assert "skipped" in outcome.err
+    with np.load(tmp_path / "out.npz") as written:
+        assert written["embeddings"].shape == (1, 16)
+        assert np.linalg.norm(written["embeddings"]) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.slow  # a server in a process of its own
+def test_serve_answers_what_it_accepted_when_told_to_end(weights, tmp_path):
+    words = [sys.executable, "-m", "vmamba", "serve", str(weights), "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+        assert found
+        url = found.group(0)
+        Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+        content = (tmp_path / "red.png").read_bytes()
+        statuses, lost = [], []
+
+        def client():
+            with httpx.Client(timeout=60) as session:
+                while True:
+                    try:
+                        answer = session.post(f"{url}/predict", content=content, headers={"Content-Type": "image/png"})
+                    except httpx.ConnectError:
+                        return  # not accepted any more
+                    except httpx.HTTPError as error:
+                        lost.append(error)
+                        return
+                    statuses.append(answer.status_code)
+
+        threads = [threading.Thread(target=client) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 60
+        while len(statuses) < 20:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(60)
+        assert set(statuses) == {200}
+        assert lost == []
+        assert process.wait(60) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
