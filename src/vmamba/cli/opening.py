@@ -57,6 +57,8 @@ def open_model(checkpoint: str | None, device: str, img_size: int | None = None)
     else:
         model, metadata = load_model(checkpoint)
     classes = model.config.num_classes
+    if task := metadata.get("task"):
+        raise ValueError(f"{checkpoint} holds a {task} model; `vmamba eval` and `vmamba predict` take --task {task}")
     if not classes:
         raise ValueError(f"{checkpoint} holds a backbone without a classifier; train one with `vmamba train --weights`")
     labels = metadata.get("labels")

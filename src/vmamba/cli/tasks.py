@@ -38,6 +38,13 @@ TASKS = {
         evaluate="vmamba.cli.eval:evaluate_classifier",
         predict="vmamba.cli.predict:predict_classes",
     ),
+    "segmentation": TaskCommands(
+        recipe="vmamba.training.segmentation_recipe:SegmentationRecipe",
+        make_task="vmamba.training.segmentation:SegmentationTask",
+        headline="vmamba.cli.segmentation:headline",
+        evaluate="vmamba.cli.segmentation:evaluate_segmenter",
+        predict="vmamba.cli.segmentation:predict_masks",
+    ),
     "detection": TaskCommands(
         recipe="vmamba.training.detection_recipe:DetectionRecipe",
         make_task="vmamba.training.detection:DetectionTask",

@@ -65,8 +65,8 @@ class UperNet(nn.Module):
         if len(channels) != 4:
             raise ValueError(f"UperNet takes the maps of four stages, not {len(channels)}")
         widths = list(channels)
-        fields = {"hidden_size": hidden, "auxiliary_channels": auxiliary or 1, "auxiliary_in_channels": widths[2]}
-        config = UperNetConfig(num_labels=num_classes, **fields)  # type: ignore[call-arg]
+        config = UperNetConfig(hidden_size=hidden, auxiliary_channels=auxiliary or 1, auxiliary_in_channels=widths[2])
+        config.num_labels = num_classes
         self.backbone = backbone
         self.decode_head: nn.Module = UperNetHead(config, widths)
         self.auxiliary_head: nn.Module | None = UperNetFCNHead(config, widths) if auxiliary else None

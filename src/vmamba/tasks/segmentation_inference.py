@@ -132,8 +132,8 @@ class Segmenter:
                 here = slice(y, y + part.shape[2]), slice(x, x + part.shape[3])
                 total[:, :, here[0], here[1]] += part
                 counts[here] += 1
-        assert total is not None and counts is not None  # at least one window covers the image
-        return total.div_(counts)
+        assert total is not None  # at least one window covers the image
+        return total.div_(counts)  # type: ignore[arg-type]
 
 
 def _offsets(length: int, window: int, step: int) -> list[int]:
