@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from vmamba.cli.arguments import parse
+from vmamba.cli.tasks import part, task_of
 from vmamba.data.transforms import Preprocessing
 from vmamba.training.recipe import CHANGEABLE_ON_RESUME, AugmentationOptions, OptimizerOptions, Recipe
 
@@ -63,7 +64,8 @@ def test_what_may_change_on_resume_exists():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_of_the_repository_are_understood(path):
-    recipe = parse("train", Recipe, ["--config", str(path)])
+    words = ["--config", str(path)]
+    recipe = parse("train", part(task_of(words), "recipe"), words)
     assert recipe.epochs >= 1
     assert path.read_text().startswith("#")
 

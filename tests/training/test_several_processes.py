@@ -65,6 +65,7 @@ def resume_at_every_step(data, folder):
         assert losses[0] == losses[1]
 
 
+@pytest.mark.slow  # thirteen runs in each of two processes
 def test_sigterm_to_one_of_two_processes_at_any_step_ends_both_and_goes_on_bit_equal(colours, tmp_path):
     Group(tmp_path / "logs", resume_at_every_step, colours, tmp_path).finish()
 
