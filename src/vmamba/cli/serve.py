@@ -76,7 +76,7 @@ def run(argv: Sequence[str]) -> int:
     import uvicorn
 
     from vmamba.deployment.requests import Limits
-    from vmamba.deployment.server import make_app
+    from vmamba.deployment.server import Server, make_app
 
     limits = Limits(
         options.max_bytes,
@@ -104,7 +104,7 @@ def run(argv: Sequence[str]) -> int:
             timeout_keep_alive=30,
             backlog=2048,
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
     return 0
 
 
@@ -138,12 +138,12 @@ def open_predictor(source: str | None, device: str, threads: int | None = None) 
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        kind = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(kind, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(2048)
     except OSError as error:
+        listener.close()
         raise ValueError(f"cannot listen at {host}:{port}: {error.strerror}; choose another --host or --port") from None
     return listener

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any
 
 import prometheus_client as prometheus
+import uvicorn
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -84,6 +86,27 @@ class _Metrics:
         prometheus.Info("vmamba_model", "The model served.", registry=self.registry).info(
             {"name": predictor.name, "version": predictor.version}
         )
+
+
+class Server(uvicorn.Server):
+    """A server that ends without leaving anybody who asked unanswered.
+
+    uvicorn closes idle connections at once, also those on which a client is just sending its next request. Here they
+    have a moment more; every answer of that time says that its connection ends.
+    """
+
+    grace_seconds = 1.0
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop to listen, answer what still comes on open connections, then end."""
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        app: Any = self.config.app
+        app.state.ending = True
+        await asyncio.sleep(self.grace_seconds)
+        await super().shutdown(sockets)
 
 
 def make_app(
@@ -225,6 +248,8 @@ def _add_middleware(app: FastAPI, metrics: _Metrics, token: str | None) -> None:
             )
         else:
             response = await call_next(request)
+        if getattr(app.state, "ending", False):
+            response.headers["Connection"] = "close"
         metrics.requests.labels(path if path in known else "other", str(response.status_code)).inc()
         if path == "/predict":
             metrics.seconds.observe(time.perf_counter() - start)
