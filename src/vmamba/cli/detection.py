@@ -180,9 +180,9 @@ def print_report(report: "DetectionReport", heading: str, console: Any) -> None:
 
     console.print(f"{heading}: {report.images:,} images, {report.objects:,} objects", highlight=False, soft_wrap=True)
     kinds: list[tuple[str, Precision]] = [("boxes", report.box), *([("masks", report.mask)] if report.mask else [])]
-    table = Table("", *report.box.totals)
-    for name, precision in kinds:
-        table.add_row(name, *(_share(value) for value in precision.totals.values()))
+    table = Table("", *(name for name, _ in kinds))
+    for figure in report.box.totals:
+        table.add_row(figure, *(_share(precision.totals[figure]) for _, precision in kinds))
     console.print(table)
     table = Table("class", *(f"AP of {name}" for name, _ in kinds))
     for index, name in enumerate(report.classes):
