@@ -286,6 +286,18 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(colours, tmp_path):
     assert [r["epoch"] for r in result.folder.read_metrics() if r["kind"] == "epoch"] == [1, 2]
 
 
+def test_a_checkpoint_of_another_model_is_refused(colours, tmp_path):
+    train(recipe(colours, tmp_path / "run", epochs=1), quiet())
+    wider = {"drop_path_rate": 0.2, "mlp_ratio": 3.0}
+    train(recipe(colours, tmp_path / "other", epochs=1, model_options=wider), quiet())
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(tmp_path / "other" / "checkpoints", tmp_path / "run" / "checkpoints")
+    with pytest.raises(
+        ValueError, match=r"is of another model than the recipe's: layers.0.blocks.0.mlp.fc1.bias differs"
+    ):
+        train(recipe(colours, tmp_path / "run", resume=str(tmp_path / "run")), quiet())
+
+
 def test_resume_auto_starts_or_goes_on(colours, tmp_path):
     with pytest.raises(ValueError, match="name that folder"):
         train(Recipe(resume="auto"), quiet())

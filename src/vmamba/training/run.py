@@ -180,7 +180,11 @@ def _restore(run: Run) -> None:
             f"{run.folder.path} was interrupted in the middle of an epoch of a stream read by {parts['layout']};"
             f" here are {run.loader.layout}; go on with the same numbers"
         )
-    load_state(run.model, run.optimizer, checkpoint.weights("model"), parts["optimizer"])
+    weights = checkpoint.weights("model")
+    here = {name: tuple(value.shape) for name, value in run.bare_model.state_dict().items()}
+    if differing := here.items() ^ {(name, tuple(value.shape)) for name, value in weights.items()}:
+        raise ValueError(f"{path} is of another model than the recipe's: {min(differing)[0]} differs; start anew")
+    load_state(run.model, run.optimizer, weights, parts["optimizer"])
     if run.ema:
         run.ema.module.load_state_dict(checkpoint.weights("ema"))
     if run.accelerator.scaler is not None and parts["scaler"]:
