@@ -23,7 +23,10 @@ def make_coco(root, images=12, seed=0, height=80, width=112, name="train", **cha
     content["categories"] = [{"id": key, "name": name} for key, name in CATEGORIES.items()]
     for number in range(images):
         photograph = photographs[number % len(photographs)]
-        y, x = (int(chance.integers(0, size - side)) for size, side in zip(photograph.shape[:2], (height, width), strict=True))
+        y, x = (
+            int(chance.integers(0, size - side))
+            for size, side in zip(photograph.shape[:2], (height, width), strict=True)
+        )
         picture = Image.fromarray(photograph[y : y + height, x : x + width])
         file = f"{name}-{number}.png"
         content["images"].append({"id": 10 * number + 5, "file_name": file, "height": height, "width": width})
