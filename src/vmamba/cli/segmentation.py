@@ -307,7 +307,7 @@ def _segment_file(opened: OpenedSegmenter, path: str, folder: Path, stem: str) -
     labels = opened.segmenter(image, (picture.height, picture.width))[0].cpu().numpy()
     overlay, mask = folder / f"{stem}.overlay.png", folder / f"{stem}.mask.png"
     draw_overlay(picture, labels, opened.classes, opened.colours).save(overlay)
-    index_picture(labels, opened.model.num_classes, opened.colours).save(mask)
+    index_picture(labels, opened.classes, opened.colours).save(mask)
     return {**record, "overlay": str(overlay), "mask": str(mask), "classes": _shares(labels, opened.classes)}
 
 

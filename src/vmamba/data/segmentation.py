@@ -244,7 +244,7 @@ def _count_classes(masks: Sequence[str]) -> int:
         if values.ndim == 3:
             raise ValueError(f"{mask} is painted in colours: name the classes and their colours in classes.txt")
         known = values[values != NO_CLASS]
-        highest = max(highest, int(known.max(initial=-1)))
+        highest = max(highest, int(known.max()) if known.size else -1)
     if not 1 <= highest < _MOST_CLASSES:
         raise ValueError(
             f"the masks have values up to {highest}: name the classes in classes.txt, one a line, if that is right"

@@ -89,7 +89,8 @@ class SegmentationAugmentation:
         factor = low + (high - low) * float(torch.rand(()))
         size = self.preprocessing.size(image.shape[1], image.shape[2], factor)
         image = tv_tensors.Image(_resized(image, size))
-        target = functional.resize(target[None], list(size), interpolation=v2.InterpolationMode.NEAREST)[0]
+        # The exact form: the other is off by half a pixel against the picture.
+        target = functional.resize(target[None], list(size), interpolation=v2.InterpolationMode.NEAREST_EXACT)[0]
         top, left = self._place(target)
         image, target = (part[..., top : top + self.crop, left : left + self.crop] for part in (image, target))
         if float(torch.rand(())) < self.flip:

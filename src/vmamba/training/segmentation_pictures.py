@@ -11,10 +11,13 @@ from PIL import Image, ImageDraw, ImageFont
 _GOLDEN = 0.61803398875  # hues this far apart, times any number, never come close
 
 
-def class_colours(number: int) -> list[tuple[int, int, int]]:
-    """Return colours that can be told apart, the same for the same number of classes."""
+def class_colours(classes: Sequence[str]) -> list[tuple[int, int, int]]:
+    """Return colours that can be told apart, a function of the class's number; grey for one named background."""
     colours = []
-    for index in range(number):
+    for index, name in enumerate(classes):
+        if name.lower() == "background":
+            colours.append((128, 128, 128))
+            continue
         lightness, saturation = ((0.45, 0.85), (0.62, 0.7), (0.32, 0.8))[index // 8 % 3]
         red, green, blue = colorsys.hls_to_rgb(index * _GOLDEN % 1, lightness, saturation)
         colours.append((round(red * 255), round(green * 255), round(blue * 255)))
@@ -37,7 +40,7 @@ def draw_overlay(
         colours: Their colours; by default those of `class_colours`.
         strength: Share of the colour in the mixture.
     """
-    palette = np.array(colours or class_colours(len(classes)), dtype=np.uint8)
+    palette = np.array(colours or class_colours(classes), dtype=np.uint8)
     known = labels < len(classes)
     painted = np.asarray(picture).copy()
     painted[known] = palette[labels[known]]
@@ -63,11 +66,13 @@ def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, tuple[int, .
     return canvas
 
 
-def index_picture(labels: np.ndarray, number: int, colours: Sequence[tuple[int, int, int]] = ()) -> Image.Image:
+def index_picture(
+    labels: np.ndarray, classes: Sequence[str], colours: Sequence[tuple[int, int, int]] = ()
+) -> Image.Image:
     """Return class indices as a picture whose pixel values are the indices, seen in the classes' colours."""
-    if number > 255:
+    if len(classes) > 255:
         return Image.fromarray(labels.astype(np.uint16))
     picture = Image.fromarray(labels.astype(np.uint8)).convert("L")
     indexed = Image.frombytes("P", picture.size, picture.tobytes())
-    indexed.putpalette([part for colour in (colours or class_colours(number)) for part in colour])
+    indexed.putpalette([part for colour in (colours or class_colours(classes)) for part in colour])
     return indexed
