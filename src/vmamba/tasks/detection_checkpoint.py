@@ -236,9 +236,11 @@ def load_detector(source: str | os.PathLike[str]) -> tuple[FasterRCNN, dict[str,
     if not is_official_detector(tensors):
         raise CheckpointError(f"'{path}' holds no detector; train one with `vmamba train --task detection`")
     backbone = read_checkpoint(source)
+    if "neck.lateral_convs.0.conv.weight" not in tensors or "roi_head.bbox_head.fc_cls.weight" not in tensors:
+        raise CheckpointError(f"'{path}' is a detector of another kind than Mask R-CNN or Faster R-CNN with a pyramid")
     classes = tensors["roi_head.bbox_head.fc_cls.weight"].shape[0] - 1
     masks = any(name.startswith("roi_head.mask_head.") for name in tensors)
-    config = DetectorConfig(classes, masks=masks)
+    config = DetectorConfig(classes, masks=masks, channels=tensors["neck.lateral_convs.0.conv.weight"].shape[0])
     model = make_vmamba_detector(infer_config(backbone.state_dict), config)
     load_official_detector(model, source)
     names = coco_classes()
