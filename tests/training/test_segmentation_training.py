@@ -18,6 +18,7 @@ from vmamba.training.guards import TrainingFailedError
 from vmamba.training.optim import make_optimizer
 from vmamba.training.processes import evaluation_group
 from vmamba.training.recipe import OptimizerOptions
+from vmamba.training.replay import main as replay
 from vmamba.training.segmentation import SegmentationTask
 from vmamba.training.segmentation_pictures import class_colours, draw_overlay, index_picture
 from vmamba.training.segmentation_recipe import SegmentationRecipe
@@ -102,6 +103,25 @@ def test_an_interrupted_run_ends_bit_equal_to_an_unbroken_one(pairs, tmp_path, m
     resumed = train_to_segment(recipe(pairs, tmp_path / "broken", resume=str(tmp_path / "broken")))
     assert_same(state_of(tmp_path / "straight")[1], state_of(tmp_path / "broken")[1])
     assert resumed.report == straight.report
+
+
+def test_an_update_that_is_no_number_is_left_out_and_can_be_replayed(pairs, tmp_path, monkeypatch, capsys):
+    original, made = SegmentationTask.step, []
+
+    def step(self, model, batch):
+        made.append(1)
+        if len(made) == 2:
+            batch.images[0, 0, 0, 0] = torch.nan
+        return original(self, model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentationTask, "step", step)
+        result = train_to_segment(recipe(pairs, tmp_path / "run"))
+    model, _ = load_segmentation_model(result.folder.last)  # which refuses what is not finite
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    (dump,) = (tmp_path / "run" / "skipped").glob("*.safetensors")
+    assert replay([str(dump)]) == 0
+    assert "first output not finite  backbone.patch_embed.0" in capsys.readouterr().out
 
 
 def test_it_learns(pairs, tmp_path):

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vmamba.training.checkpointing import seed_update
-from vmamba.training.classification import ClassificationTask
-from vmamba.training.recipe import Recipe
 from vmamba.training.run_folder import RunFolder
 from vmamba.training.task import Task
+
+# Task, as the recipe names it -> its recipe and its Task.
+_KINDS = {
+    "classification": ("recipe:Recipe", "classification:ClassificationTask"),
+    "detection": ("detection_recipe:DetectionRecipe", "detection:DetectionTask"),
+    "segmentation": ("segmentation_recipe:SegmentationRecipe", "segmentation:SegmentationTask"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,15 @@ class Replay:
 def replay(
     path: Path,
     make_recipe: Callable[..., Any] | None = None,
-    make_task: Callable[[Any], Task] = ClassificationTask,
+    make_task: Callable[[Any], Task] | None = None,
     device: str = "cpu",
 ) -> Replay:
     """Compute the update of a dump again: forward and backward, in float32.
 
     Args:
         path: The dump.
-        make_recipe: Builds the recipe from the words of a command line; by default that of classification.
-        make_task: The kind of task.
+        make_recipe: Builds the recipe from the words of a command line; by default that of the run's task.
+        make_task: The kind of task; by default the run's.
         device: Where to compute; the same kind as in the run gives the same random numbers.
 
     Raises:
@@ -71,9 +77,9 @@ def replay(
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is not the dump of an update, or damaged ({error})") from None
     folder = RunFolder(path.resolve().parent.parent)
-    folder.read_config()
-    recipe = (make_recipe or _recipe_of)(["--config", str(folder.config)])
-    task = make_task(recipe)
+    kind, task_kind = (_imported(name) for name in _KINDS[folder.read_config().get("task", "classification")])
+    words = ["--config", str(folder.config)]
+    task = (make_task or task_kind)(make_recipe(words) if make_recipe else _recipe_of(words, kind))
     weights = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
     task.model.load_state_dict(weights)
     task.model.to(device)
@@ -147,12 +153,17 @@ def _batch(task: Task, index: int, values: dict[str, Any], tensors: dict[str, Te
     return task.batch_type(**values, **own)
 
 
-def _recipe_of(words: list[str]) -> Recipe:
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(f"vmamba.training.{module}"), attribute)
+
+
+def _recipe_of(words: list[str], kind: type) -> Any:
     import yaml
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser()
-    parser.add_class_arguments(Recipe, "recipe")
+    parser.add_class_arguments(kind, "recipe")
     content = yaml.safe_load(Path(words[1]).read_text(encoding="utf-8"))
     return parser.instantiate(parser.parse_object({"recipe": content})).recipe
 

@@ -126,9 +126,14 @@ class SegmentationTask(Task):
 
     def step(self, model: nn.Module, batch: SegmentationBatch) -> Step:
         """Return the loss, and per image the share of labelled pixels that were right."""
+        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        before = [buffer.clone() for buffer in statistics]
         output = model(batch.images)
         loss = segmentation_loss(output, batch.masks, self.recipe.auxiliary_weight)
         with torch.no_grad():
+            # Batch norms have taken the batch in already: one that the engine leaves out must not stay in them.
+            for buffer, old in zip(statistics, before, strict=True):
+                buffer.data.copy_(torch.where(torch.isfinite(loss), buffer, old))
             stride = batch.masks.shape[-1] // output.logits.shape[-1]
             masks = batch.masks[:, stride // 2 :: stride, stride // 2 :: stride]
             known = masks != IGNORE
