@@ -1,6 +1,7 @@
 """The inference form for GPUs gives what the model gives."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import vmamba
 from vmamba.models import fused_gpu
 from vmamba.ops.convolution import reference as convolution
 from vmamba.ops.linear import reference as linear
+from vmamba.ops.linear.api import HIDDEN_STEP, split_channels
 
 
 def perturbed(name: str, **overrides: object) -> nn.Module:
@@ -23,13 +25,24 @@ def perturbed(name: str, **overrides: object) -> nn.Module:
     return model
 
 
+def refusing(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Refuse the widths that the kernels refuse."""
+
+    def checked(x: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor, **options: float) -> torch.Tensor:
+        split_channels(x.shape[-1])
+        assert function is linear.norm_linear_reference or weight.shape[0] % HIDDEN_STEP == 0
+        return function(x, weight, *rest, **options)
+
+    return checked
+
+
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put what the kernels are specified to do in their place: folding and order are tested here, kernels on a GPU."""
     monkeypatch.setattr(fused_gpu, "why_not", lambda x: None)
-    monkeypatch.setattr(fused_gpu, "norm_linear", linear.norm_linear_reference)
+    monkeypatch.setattr(fused_gpu, "norm_linear", refusing(linear.norm_linear_reference))
     monkeypatch.setattr(fused_gpu, "linear_gelu", linear.linear_gelu_reference)
-    monkeypatch.setattr(fused_gpu, "norm_mlp", linear.norm_mlp_reference)
+    monkeypatch.setattr(fused_gpu, "norm_mlp", refusing(linear.norm_mlp_reference))
     monkeypatch.setattr(fused_gpu, "depthwise_silu", convolution.depthwise_silu_reference)
     monkeypatch.setattr(fused_gpu, "conv_norm", convolution.conv_norm_reference)
 
@@ -40,6 +53,10 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"dims": 64, "depths": (1, 1, 1, 1)}, (64, 96)),  # 64 to 512 channels: narrow and wide blocks
         ({"dims": 64, "depths": (1, 1), "ssm_ratio": 2.0, "conv_bias": True}, (37, 50)),
         ({"dims": 96, "depths": (1, 1), "routes": "bidi", "d_state": 4, "norm_layer": "ln"}, (32, 32)),
+        (
+            {"dims": 128, "depths": (1,), "ssm_ratio": 1.75, "mlp_ratio": 3.3},
+            (32, 32),
+        ),  # 224 and 422: no kernels' widths
         ({"dims": 64, "depths": (1, 1), "global_pool": "", "num_classes": 0, "in_chans": 1}, (32, 64)),
     ],
 )

@@ -51,17 +51,25 @@ def test_depthwise_silu(
 
 
 @inside
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize(
     ("C", "H", "W", "parts", "gelu", "step"), [(3, 8, 9, (32, 16), True, 32), (24, 7, 6, (32, 0), False, 16)]
 )
 def test_conv_norm(
-    C: int, H: int, W: int, parts: tuple[int, int], gelu: bool, step: int, assert_accurate: Callable[..., None]
+    C: int,
+    H: int,
+    W: int,
+    parts: tuple[int, int],
+    gelu: bool,
+    step: int,
+    memory_format: torch.memory_format,
+    assert_accurate: Callable[..., None],
 ) -> None:
     from vmamba.ops.convolution.triton_kernels import conv_norm_kernel
 
     N, OH, OW = sum(parts), (H + 1) // 2, (W + 1) // 2
     operands = draw_conv(2, C, H, W, N, torch.float32, "cpu")
-    operands[0] = operands[0].contiguous(memory_format=torch.channels_last)
+    operands[0] = operands[0].contiguous(memory_format=memory_format)
     y = torch.full((2, OH, OW, N), torch.nan)
     M = 2 * OH * OW
     sizes = (M, H, W, OH, OW, *operands[0].stride(), 1e-5, C, *parts, gelu, 16, step)
@@ -112,8 +120,6 @@ def test_stem_on_a_gpu(
     dtype: torch.dtype,
     assert_accurate: Callable[..., None],
 ) -> None:
-    if shape[1] > 15 and not channels_last:
-        pytest.skip("the second layer of the stem gets the first one's channels-last map")
     operands = draw_conv(*shape, N, dtype, "cuda")
     if channels_last:
         operands[0] = operands[0].contiguous(memory_format=torch.channels_last)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vmamba.ops.linear import reference
-from vmamba.ops.linear.api import linear_gelu, norm_linear, norm_mlp
+from vmamba.ops.linear.api import linear_gelu, norm_linear, norm_mlp, split_channels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the test below starts")
@@ -87,14 +87,14 @@ def test_norm_mlp(parts: tuple[int, int], assert_accurate: Callable[..., None]) 
 
 @outside
 def test_widths_split_into_powers_of_two() -> None:
-    triton_kernels = pytest.importorskip("vmamba.ops.linear.triton_kernels")
     for width in (32, 48, 64, 96, 128, 192, 256, 384, 768):
-        high, low = triton_kernels.split_channels(width)
+        high, low = split_channels(width)
         assert high + low == width
         assert high & (high - 1) == 0
         assert low & (low - 1) == 0
-    assert triton_kernels.split_channels(24) is None
-    assert triton_kernels.split_channels(224) is None
+    for width in (8, 24, 224):
+        with pytest.raises(ValueError, match=f"{width} channels are not a power of two"):
+            split_channels(width)
 
 
 @outside
@@ -110,6 +110,8 @@ def test_what_cannot_run_is_said() -> None:
         norm_linear(x, w, b, x)
     with pytest.raises(ValueError, match="w2 and b2"):
         norm_mlp(x, w, b, w, b)
+    with pytest.raises(ValueError, match="multiple of 64, got 16"):
+        norm_mlp(x, w, b, w.T, x[0])
 
 
 @pytest.mark.gpu

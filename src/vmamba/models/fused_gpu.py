@@ -18,7 +18,7 @@ from vmamba.models.ss2d import SS2D
 from vmamba.models.vmamba import VMamba, VSSBlock
 from vmamba.ops import ss2d_scan
 from vmamba.ops.convolution.api import conv_norm, depthwise_silu
-from vmamba.ops.linear.api import linear_gelu, norm_linear, norm_mlp, why_not
+from vmamba.ops.linear.api import HIDDEN_STEP, linear_gelu, norm_linear, norm_mlp, split_channels, why_not
 
 if TYPE_CHECKING:
     from vmamba.models.config import VMambaConfig
@@ -76,6 +76,14 @@ def _unsupported(config: "VMambaConfig") -> str | None:
     return None
 
 
+def _is_narrow(channels: int) -> bool:
+    try:
+        split_channels(channels)
+    except ValueError:
+        return False
+    return channels <= _NARROW
+
+
 class _Folded(nn.Module):
     """W·diag(γ) and b + W β of a norm and the linear layer after it."""
 
@@ -84,6 +92,7 @@ class _Folded(nn.Module):
         wide = weight.detach().float()
         shift = wide @ norm.bias.detach().float()
         self.eps = norm.eps
+        self.narrow = _is_narrow(wide.shape[1])
         self.register_buffer("weight", (wide * norm.weight.detach().float()).to(dtype).contiguous())
         self.register_buffer("bias", shift if bias is None else shift + bias.detach().float())
 
@@ -96,7 +105,7 @@ class _Folded(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Norm, product, residual."""
-        if x.shape[-1] <= _NARROW and x.shape[-1] & 31 == 0:
+        if self.narrow:
             return norm_linear(x, self.weight, self.bias, residual, eps=self.eps)
         y = F.linear(self.normed(x), self.weight, self.bias.to(x.dtype))
         return y if residual is None else residual + y
@@ -165,7 +174,7 @@ class FusedBlock(nn.Module):
 
     def _mlp(self, x: Tensor) -> Tensor:
         fc1 = self.fc1
-        if x.shape[-1] <= _NARROW:
+        if fc1.narrow and fc1.weight.shape[0] % HIDDEN_STEP == 0:
             return norm_mlp(x, fc1.weight, fc1.bias, self.fc2_weight, self.fc2_bias, eps=fc1.eps)
         hidden = linear_gelu(fc1.normed(x), fc1.weight, fc1.bias)
         return x + F.linear(hidden, self.fc2_weight, self.fc2_bias.to(x.dtype))

@@ -5,7 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from vmamba.ops.linear.api import why_not
+from vmamba.ops.linear.api import split_channels, why_not
 
 
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -36,7 +36,7 @@ def conv_norm(
 
     Args:
         x: (B, C, H, W) in any memory layout, float16 or bfloat16.
-        weight: (9·C, N), of x's dtype: rows are (row, column, channel) of the filters.
+        weight: (9·C, N), of x's dtype, N as `split_channels` takes it: rows are (row, column, channel) of the filters.
         bias: (N), of the convolution.
         gamma: (N), scale of the norm.
         beta: (N), shift of the norm.
@@ -53,6 +53,7 @@ def conv_norm(
         raise ValueError(
             f"conv_norm: x (B, C, H, W) and weight (9·C, N) do not agree: {tuple(x.shape)}, {tuple(weight.shape)}"
         )
+    split_channels(weight.shape[1])
     for name, tensor in (("bias", bias), ("gamma", gamma), ("beta", beta)):
         if tensor.shape != weight.shape[1:]:
             raise ValueError(f"conv_norm: {name} must be {tuple(weight.shape[1:])}, got {tuple(tensor.shape)}")

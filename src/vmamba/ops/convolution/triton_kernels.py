@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from vmamba.ops.linear.triton_kernels import gelu, split_channels
+from vmamba.ops.linear.api import split_channels
+from vmamba.ops.linear.triton_kernels import gelu
 
 
 @triton.jit
@@ -116,7 +117,9 @@ def conv_norm_kernel(
             p_tap = p_x + h * stride_h + w * stride_w
             for k in tl.static_range(0, CIN, BK):
                 m_k = k + o_k < CIN
-                b_x = tl.load(p_tap[:, None] + (k + o_k)[None, :], mask=inside[:, None] & m_k[None, :], other=0.0)
+                b_x = tl.load(
+                    p_tap[:, None] + (k + o_k)[None, :] * stride_c, mask=inside[:, None] & m_k[None, :], other=0.0
+                )
                 p_w = w_ptr + (tap * CIN + k + o_k)[:, None] * N
                 b_y0 = tl.dot(b_x, tl.load(p_w + o_0[None, :], mask=m_k[:, None], other=0.0), b_y0)
                 if N1 > 0:
@@ -185,7 +188,6 @@ def conv_norm(
     B, C, H, W = x.shape
     N, OH, OW = weight.shape[1], (H + 1) // 2, (W + 1) // 2
     parts = split_channels(N)
-    assert parts is not None
     step = triton.next_power_of_2(9 * C) if C < 16 else min(64, triton.next_power_of_2(C))
     rows, warps, stages = tile or ((128, 4, 3) if B * OH * OW > 2**16 else (32, 4, 2))
     y = torch.empty(B, OH, OW, N, dtype=x.dtype, device=x.device)

@@ -9,6 +9,21 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+HIDDEN_STEP = 64  # `norm_mlp` takes so many hidden channels at a time
+
+
+def split_channels(channels: int) -> tuple[int, int]:
+    """Write a width as a power of two and a smaller one or nothing, each at least 16: the tiles that hold a row.
+
+    Raises:
+        ValueError: it is not such a sum, as 64, 96, 144 and 192 are.
+    """
+    high = 1 << (channels.bit_length() - 1)
+    low = channels - high
+    if high < 16 or low & (low - 1) or 0 < low < 16:
+        raise ValueError(f"{channels} channels are not a power of two, or two of them added, each at least 16")
+    return high, low
+
 
 def norm_linear(
     x: Tensor,
@@ -21,7 +36,7 @@ def norm_linear(
     """Normalise rows, multiply, add: norm(x) Wᵀ + b + residual.
 
     Args:
-        x: (..., K), float16 or bfloat16.
+        x: (..., K), float16 or bfloat16; K as `split_channels` takes it.
         weight: (N, K), of x's dtype.
         bias: (N), float32.
         residual: (..., N), of x's dtype.
@@ -34,6 +49,7 @@ def norm_linear(
         ValueError: shapes do not agree, or the kernels cannot run on these tensors; says why.
     """
     _check("norm_linear", x, weight, bias)
+    split_channels(x.shape[-1])
     if residual is not None and (residual.shape != (*x.shape[:-1], weight.shape[0]) or residual.dtype != x.dtype):
         raise ValueError(
             f"norm_linear: residual must be {(*x.shape[:-1], weight.shape[0])} of {x.dtype}, "
@@ -64,8 +80,8 @@ def norm_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, eps: 
     """Compute the whole MLP branch with its residual: x + gelu(norm(x) W1ᵀ + b1) W2ᵀ + b2.
 
     Args:
-        x: (..., D), float16 or bfloat16.
-        w1: (hidden, D), of x's dtype.
+        x: (..., D), float16 or bfloat16; D as `split_channels` takes it.
+        w1: (hidden, D), of x's dtype; hidden a multiple of `HIDDEN_STEP`.
         b1: (hidden), float32.
         w2: (D, hidden), of x's dtype.
         b2: (D), float32.
@@ -83,6 +99,9 @@ def norm_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, eps: 
             f"norm_mlp: w2 and b2 must be {(w1.shape[1], w1.shape[0])} and {(w1.shape[1],)}, "
             f"got {tuple(w2.shape)} and {tuple(b2.shape)}"
         )
+    split_channels(x.shape[-1])
+    if w1.shape[0] % HIDDEN_STEP:
+        raise ValueError(f"norm_mlp: the hidden channels must be a multiple of {HIDDEN_STEP}, got {w1.shape[0]}")
     return _norm_mlp(x, w1, b1, w2, b2, eps)
 
 

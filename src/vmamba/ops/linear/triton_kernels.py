@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
+from vmamba.ops.linear.api import HIDDEN_STEP, split_channels
+
 
 @triton.jit
 def gelu(x, EXACT: constexpr):
@@ -167,20 +169,12 @@ def why_not(x: Tensor) -> str | None:
     return None
 
 
-def split_channels(channels: int) -> tuple[int, int] | None:
-    """Write a number as a power of two and a smaller one or nothing, each at least 16; None where that cannot be."""
-    high = 1 << (channels.bit_length() - 1)
-    low = channels - high
-    return (high, low) if high >= 16 and low & (low - 1) == 0 and (low == 0 or low >= 16) else None
-
-
 def norm_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, tile: Tile | None = None
 ) -> Tensor:
     """Compute `vmamba.ops.linear.api.norm_linear` of x [M, K] on its GPU."""
     (M, K), N = x.shape, weight.shape[0]
     parts = split_channels(K)
-    assert parts is not None
     if tile is None:
         tile = Tile(128 if residual is None else 64, 32, 0, 4, 1) if K <= 128 else Tile(64, 64, 0, 4, 1)
         tile = tile if M > _MANY_ROWS else Tile(32, 32, 0, 4, 1)
@@ -212,12 +206,12 @@ def norm_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: flo
     """Compute `vmamba.ops.linear.api.norm_mlp` of x [M, D] on its GPU."""
     (M, D), hidden = x.shape, w1.shape[0]
     parts = split_channels(D)
-    assert parts is not None
     if tile is None:
         memory = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
         tile = Tile(128, 64, 0, 4, 2) if D <= 128 else Tile(128, 64, 0, 8, 3)
         tile = tile if memory >= 200 * 1024 else Tile(64, 32, 0, 4, 2)
         tile = tile if M > _MANY_ROWS else Tile(32, 32, 0, 4, 2)
+    assert HIDDEN_STEP % tile.columns == 0  # the loop over hidden channels masks none
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
         norm_mlp_kernel[(triton.cdiv(M, tile.rows),)](
