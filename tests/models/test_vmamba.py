@@ -121,6 +121,30 @@ def test_autocast_keeps_logits_near_float32_and_gradients_finite(dtype: torch.dt
     assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "overrides", "residual"),
+    [
+        (torch.bfloat16, {}, torch.bfloat16),
+        (torch.bfloat16, {"residual_in_fp32": True}, torch.float32),
+        (torch.float16, {}, torch.float32),
+    ],
+)
+def test_residuals_under_autocast(dtype: torch.dtype, overrides: dict, residual: torch.dtype) -> None:
+    model = tiny(**overrides).train()
+    dtypes = set()
+    for stage in model.stages():
+        for block in stage.blocks:
+            block.register_forward_hook(lambda module, inputs, output: dtypes.update((inputs[0].dtype, output.dtype)))
+    with torch.autocast("cpu", dtype=dtype):
+        model(image())
+    assert dtypes == {residual}
+
+
+def test_float64_passes_through_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert tiny().double().patch_embed(image().double()).dtype == torch.float64
+
+
 def test_sixteen_bit_weights_and_float64_weights_run() -> None:
     model = tiny().eval()
     with torch.inference_mode():

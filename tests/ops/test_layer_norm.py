@@ -46,7 +46,7 @@ def test_kernel_in_the_interpreter() -> None:
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 @pytest.mark.parametrize(("shape", "skip"), SHAPES)
 def test_kernel(shape: tuple[int, ...], skip: bool, assert_accurate: Callable[..., None]) -> None:
-    from vmamba.ops.layer_norm.triton_kernels import layer_norm_bwd_kernel
+    from vmamba.ops.layer_norm.triton_kernels import layer_norm_bwd_kernel, layer_norm_sums_kernel
 
     x, (gamma, beta), (dy, dskip) = make(shape, "cpu")
     _, mean, rstd = torch.native_layer_norm(x, gamma.shape, gamma, beta, 1e-5)
@@ -54,9 +54,11 @@ def test_kernel(shape: tuple[int, ...], skip: bool, assert_accurate: Callable[..
     dx, partial = torch.full_like(x, torch.nan), torch.full((programs, 2, D), torch.nan)
     pointers = (dy, dskip if skip else None, x, mean, rstd, gamma, dx, partial)
     layer_norm_bwd_kernel[(programs,)](*pointers, M, D, skip, 4, 128 if D > 32 else 32)
+    sums = [torch.full((D,), torch.nan) for _ in range(2)]
+    layer_norm_sums_kernel[(2 * -(-D // 16),)](partial, *sums, programs, D, 2, 16)
     grads = [dy, dskip if skip else torch.zeros_like(dy)]
     results = [gradients(dtype, x, [gamma, beta], grads) for dtype in (torch.float64, torch.float32)]
-    for name, ours, exact, plain in zip(["x", "gamma", "beta"], (dx, *partial.sum(0)), *results, strict=True):
+    for name, ours, exact, plain in zip(["x", "gamma", "beta"], (dx, *sums), *results, strict=True):
         assert_accurate(ours, plain, exact, name)
 
 
@@ -71,7 +73,9 @@ def test_off_the_gpu_it_is_torchs() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(1, 1), (7, 96), (2, 57, 3, 192), (3, 1000), (1025, 768), (4, 1536), (70001, 33)])
+@pytest.mark.filterwarnings("ignore:TensorFloat32")  # torch's advice when it compiles float32
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo of torch 2.11 itself
+@pytest.mark.parametrize("shape", [(1, 2), (7, 96), (2, 57, 3, 192), (3, 1000), (1025, 768), (4, 1536), (70001, 33)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients(shape: tuple[int, ...], compiled: bool, assert_accurate: Callable[..., None]) -> None:
     x, parameters, grads = make(shape, "cuda")
@@ -89,7 +93,8 @@ def test_gradients(shape: tuple[int, ...], compiled: bool, assert_accurate: Call
 
 
 @pytest.mark.gpu
-def test_a_model_trains_alike_with_it() -> None:
+def test_a_model_trains_alike_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # else the convolutions err by 7e-4
     torch.manual_seed(0)
     model = vmamba.create_model("vmamba_test").cuda().double()
     single = copy.deepcopy(model).float()

@@ -45,6 +45,8 @@ class VMambaConfig:
         routes: scan pattern: "cross2d", "unidi", "bidi" or "cascade2d" (ablation of the paper, appendix).
         sequential_routes: scan one route after the other (the first published version); equal results.
         force_fp32: give the scan float32 inputs whatever autocast says (the first published version).
+        residual_in_fp32: keep what the blocks add up in float32 under bfloat16 autocast, as it always is under float16
+            autocast; costs memory and time in training, and spares gradients about a fifth of their error there.
         ssm_init: "mamba" (Δ bias log-uniform, A = -1..-N, D = 1), "random" or "zero" (the paper's Table 10).
         dt_min, dt_max: range of the initial Δ, seconds in Mamba's notation; "mamba" initialisation only.
         dt_init: weights of Δ's projection: "random" or "constant"; "mamba" initialisation only.
@@ -84,6 +86,7 @@ class VMambaConfig:
     routes: Literal["cross2d", "unidi", "bidi", "cascade2d"] = "cross2d"
     sequential_routes: bool = False
     force_fp32: bool = False
+    residual_in_fp32: bool = False
     ssm_init: Literal["mamba", "random", "zero"] = "mamba"
     dt_min: float = 0.001
     dt_max: float = 0.1

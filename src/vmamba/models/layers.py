@@ -16,13 +16,24 @@ ACTIVATIONS: Mapping[str, type[nn.Module]] = MappingProxyType(
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over channels that takes a float32 map under 16-bit weights, so that it can precede the down-cast."""
+    """LayerNorm over channels, in float32 inside, also of a float32 map under 16-bit weights.
+
+    Under bfloat16 autocast the result is bfloat16, so that what follows stays in 16 bits: above all the residual
+    stream, which starts at a norm. Under float16 autocast, whose range a sum of residuals could leave, it is float32.
+
+    Attributes:
+        keep_float32: give float32 under bfloat16 autocast too.
+    """
+
+    keep_float32 = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., C)."""
-        if x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        cast = _autocast_dtype(x)
+        if cast is None:
+            return layer_norm(x, self.weight, self.bias, self.eps, x.dtype)
+        narrow = cast == torch.bfloat16 and not self.keep_float32
+        return layer_norm(x, self.weight, self.bias, self.eps, torch.bfloat16 if narrow else torch.float32)
 
     def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Normalise (..., C) in float32 and round once to `dtype`."""
@@ -30,11 +41,16 @@ class LayerNorm(nn.LayerNorm):
 
     def with_skip(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return x for the residual and its norm in the dtype that products run in; see `skip_norm`."""
-        kind = x.device.type
-        # Meta tensors have no autocast, and asking torch.amp which devices have breaks the graph in torch 2.11.
-        cast = kind != "meta" and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
-        return skip_norm(x, self.weight, self.bias, self.eps, dtype)
+        return skip_norm(x, self.weight, self.bias, self.eps, _autocast_dtype(x) or x.dtype)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Give the dtype that autocast brings products of x to, or None where it leaves them alone."""
+    kind = x.device.type
+    # Meta tensors have no autocast, and asking torch.amp which devices have breaks the graph in torch 2.11.
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 class BatchNorm(nn.BatchNorm2d):

@@ -119,21 +119,24 @@ class SS2D(nn.Module):
         projected = F.linear(x, self.x_proj_weight.flatten(0, 1))  # (B, L, K·(R + 2N))
         if self.sequential_routes:
             return self._one_route_after_the_other(x, projected, H, W)
-        return self._fused(x, projected, slice(0, 4), H, W, self.routes)
+        return self._fused(x, projected, None, H, W, self.routes)
 
     def _fused(
-        self, x: Tensor, projected: Tensor, k: slice, H: int, W: int, routes: str, flip_back: bool = True
+        self, x: Tensor, projected: Tensor, k: slice | None, H: int, W: int, routes: str, flip_back: bool = True
     ) -> Tensor:
         if self.force_fp32:
             x, projected = x.float(), projected.float()
         A, D, dt_bias = self._scan_parameters()
+        dt_weight: Tensor = self.dt_projs_weight
+        if k is not None:  # not a slice of all: its gradient would be copied into zeros
+            A, D, dt_bias, dt_weight = A[k], D[k], dt_bias[k], dt_weight[k]
         y = ss2d_scan(
             x,
             projected.to(x.dtype),
-            self.dt_projs_weight[k].to(x.dtype),  # as autocast does with the weights of any product
-            dt_bias[k],
-            A[k],
-            D[k],
+            dt_weight.to(x.dtype),  # as autocast does with the weights of any product
+            dt_bias,
+            A,
+            D,
             height=H,
             width=W,
             routes=routes,

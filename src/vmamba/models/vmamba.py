@@ -145,6 +145,10 @@ class VMamba(nn.Module, HubMixin):
             {"num_chs": dim, "reduction": stride, "module": f"layers.{i}"}
             for i, (dim, stride) in enumerate(zip(dims, strides, strict=True))
         ]
+        if config.residual_in_fp32:
+            for start in (self.patch_embed, *(stage.downsample for stage in self.stages())):
+                for norm in (module for module in start.modules() if isinstance(module, LayerNorm)):
+                    norm.keep_float32 = True
         self.apply(_init_linear)
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -180,7 +184,7 @@ class VMamba(nn.Module, HubMixin):
             position: Tensor = self.pos_embed
             if position.shape[2:] != x.shape[1:3]:
                 position = F.interpolate(position, size=x.shape[1:3], mode="bicubic", align_corners=False)
-            x = x + position.permute(0, 2, 3, 1)
+            x = x + position.permute(0, 2, 3, 1).to(x.dtype)
         return x
 
     def forward_intermediates(

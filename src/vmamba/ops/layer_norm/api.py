@@ -28,7 +28,7 @@ def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: to
         (..., D) of out_dtype.
     """
     if _takes_kernel(x):
-        y: Tensor = _LayerNorm.apply(x, gamma, beta, eps, out_dtype)[0]
+        y: Tensor = _LayerNorm.apply(x, gamma, beta, eps, out_dtype)
         return y
     return _plain(x, gamma, beta, eps, out_dtype)
 
@@ -47,7 +47,7 @@ def skip_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: tor
         x itself and (..., D) of out_dtype. Take the first for the residual: its gradient is then added in the kernel.
     """
     if _takes_kernel(x):
-        y, skip, _, _ = _LayerNorm.apply(x, gamma, beta, eps, out_dtype)
+        skip, y = _SkipNorm.apply(x, gamma, beta, eps, out_dtype)
         return skip, y
     return x, _plain(x, gamma, beta, eps, out_dtype)
 
@@ -63,30 +63,40 @@ def _plain(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.
     return F.layer_norm(x.to(wide), gamma.shape, gamma.to(wide), beta.to(wide), eps).to(out_dtype)
 
 
+def _normalise(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    y, mean, rstd = torch.native_layer_norm(x.float(), gamma.shape, gamma.float(), beta.float(), eps)
+    ctx.save_for_backward(x, gamma, mean, rstd)
+    ctx.beta_dtype = beta.dtype
+    return y.to(out_dtype)
+
+
+def _differentiate(ctx: Any, dy: Tensor, skip: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, gamma, mean, rstd = ctx.saved_tensors
+    dx, dgamma, dbeta = _backward(dy, skip, x, mean, rstd, gamma)
+    return dx, dgamma.to(gamma.dtype), dbeta.to(ctx.beta_dtype), None, None
+
+
+# Two functions, since a compiler fills the gradient of an output that nobody uses with zeros, which cost a pass.
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+        return _normalise(ctx, x, gamma, beta, eps, out_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, dy, None)
+
+
+class _SkipNorm(torch.autograd.Function):
+    @staticmethod
     def forward(
-        x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, mean, rstd = torch.native_layer_norm(x.float(), gamma.shape, gamma.float(), beta.float(), eps)
-        return y.to(out_dtype), x.view_as(x), mean, rstd
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), _normalise(ctx, x, gamma, beta, eps, out_dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, gamma, beta, _, _ = inputs
-        _, _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, gamma, mean, rstd)
-        ctx.beta_dtype = beta.dtype
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, skip: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        x, gamma, mean, rstd = ctx.saved_tensors
-        if dy is None:
-            return skip, None, None, None, None
-        dx, dgamma, dbeta = _backward(dy, skip, x, mean, rstd, gamma)
-        return dx, dgamma.to(gamma.dtype), dbeta.to(ctx.beta_dtype), None, None
+    def backward(ctx: Any, skip: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, dy, skip)
 
 
 @torch.library.custom_op("vmamba::layer_norm_backward", mutates_args=())
@@ -101,7 +111,7 @@ def _backward(
     dx, dgamma, dbeta = triton_kernels.backward(
         rows[0], rows[1], rows[2], mean.contiguous(), rstd.contiguous(), gamma.contiguous()
     )
-    return dx.view(x.shape), dgamma.clone(), dbeta.clone()
+    return dx.view(x.shape), dgamma, dbeta
 
 
 @_backward.register_fake

@@ -2,7 +2,7 @@
 """The backward pass of LayerNorm over channels, with the gradient that goes round the norm added in the same pass.
 
 A program takes rows in strides, holds its sums for γ and β in registers and leaves them as one row of partial sums;
-these are added up afterwards in a fixed order, so results do not change from run to run. Compiled reductions over
+a second kernel adds these up in a fixed order, so results do not change from run to run. Compiled reductions over
 400,000 rows of 96 channels were four times slower (docs/performance.md).
 """
 
@@ -46,6 +46,22 @@ def layer_norm_bwd_kernel(
     tl.store(p_partial + D, tl.sum(b_dbeta, 0), mask=o_d < D)
 
 
+@triton.jit
+def layer_norm_sums_kernel(partial_ptr, dgamma_ptr, dbeta_ptr, P, D: constexpr, BP: constexpr, BD: constexpr):
+    """Add P rows of partial sums [2, D] up: BD channels of γ or of β a program."""
+    BLOCKS: constexpr = (D + BD - 1) // BD
+    which = tl.program_id(0) // BLOCKS
+    o_d = tl.program_id(0) % BLOCKS * BD + tl.arange(0, BD)
+    o_p = tl.arange(0, BP)
+    b_sum = tl.zeros([BP, BD], tl.float32)
+    for p in range(0, P, BP):
+        m = (p + o_p < P)[:, None] & (o_d < D)[None, :]
+        b_sum += tl.load(partial_ptr + ((p + o_p) * 2 + which)[:, None] * D + o_d[None, :], mask=m, other=0.0)
+    b_total = tl.sum(b_sum, 0)
+    tl.store(dgamma_ptr + o_d, b_total, mask=o_d < D * (1 - which))
+    tl.store(dbeta_ptr + o_d, b_total, mask=o_d < D * which)
+
+
 def backward(
     dy: Tensor, skip: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,5 +76,6 @@ def backward(
         layer_norm_bwd_kernel[(programs,)](
             dy, skip, x, mean, rstd, gamma, dx, partial, M, D, skip is not None, rows, width, num_warps=4
         )
-    dgamma, dbeta = partial.sum(0)
+        dgamma, dbeta = (torch.empty(D, dtype=torch.float32, device=x.device) for _ in range(2))
+        layer_norm_sums_kernel[(2 * triton.cdiv(D, 32),)](partial, dgamma, dbeta, programs, D, 64, 32, num_warps=4)
     return dx, dgamma, dbeta

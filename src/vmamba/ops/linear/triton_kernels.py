@@ -208,7 +208,7 @@ def norm_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: flo
     parts = split_channels(D)
     if tile is None:
         memory = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-        tile = Tile(128, 64, 0, 4, 2) if D <= 128 else Tile(128, 64, 0, 8, 3)
+        tile = Tile(128, 64, 0, 4, 2) if D <= 128 else Tile(128, 64, 0, 8, 3 if D <= 192 else 2)  # what fits
         tile = tile if memory >= 200 * 1024 else Tile(64, 32, 0, 4, 2)
         tile = tile if M > _MANY_ROWS else Tile(32, 32, 0, 4, 2)
     assert HIDDEN_STEP % tile.columns == 0  # the loop over hidden channels masks none
