@@ -4,19 +4,22 @@
     python benchmarks/whole_models.py --figures inference training --sizes tiny
     python benchmarks/whole_models.py --profile vmamba_tiny      # the kernels a batch spends its time in
 
-The models of a row take turns in one process, all compiled, all in the same dtype.
+The models of a row take turns in one process, all compiled in the same way, all in the same dtype. With CUDA graphs
+("reduce-overhead", unless --compiled says otherwise) a batch costs what its kernels cost; without, hosts that are slow
+to launch kernels hold the GPU up. Training is measured both ways: what graphs allocate is not counted as peak memory.
 """
 
 import argparse
 import csv
+import itertools
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from vmamba.analysis.throughput import Measurement, Precision, Runner, Workload, compare, measure, rows
+from vmamba.analysis.throughput import CompileMode, Measurement, Precision, Runner, Workload, compare, measure, rows
 
 RESULTS = Path(__file__).parent / "results" / "whole_models.csv"
 SWIN = "swin_{}_patch4_window7_224"
@@ -25,15 +28,16 @@ FIGURES = ("inference", "training", "latency", "growth", "detection")
 GROWTH = ((224, 128), (384, 43), (512, 24), (768, 11), (1024, 6))
 
 
-def rows_of(figure: str, size: str) -> list[tuple[str, list[Workload]]]:
+def rows_of(figure: str, size: str, compiled: CompileMode) -> list[tuple[str, list[Workload]]]:
     """List the rows of a figure: the peer that ratios refer to, and the workloads measured together."""
     ours, swin = f"vmamba_{size}", SWIN.format(size)
-    trio = [ours, swin, f"convnext_{size}"]
+    trio = [ours, swin, f"convnext_{size}"] if size == "tiny" else [ours, swin]
 
     def row(names: list[str], **conditions: Any) -> tuple[str, list[Workload]]:
         fused = conditions.get("mode") != "training"
+        conditions["compiled"] = compiled
         workloads = [Workload(name, **conditions, fused=fused and name == ours) for name in names]
-        plain = [Workload(ours, **conditions)] if figure == "inference" else []
+        plain = [Workload(ours, **conditions)] if figure == "inference" and size == "tiny" else []
         return swin, plain + workloads
 
     training: dict[str, Any] = {"precision": "autocast-bfloat16", "mode": "training"}
@@ -42,7 +46,7 @@ def rows_of(figure: str, size: str) -> list[tuple[str, list[Workload]]]:
     if figure == "training":
         return [row(trio, **training)]
     if figure == "latency":
-        return [row(trio, batch_size=1, compiled="reduce-overhead")]
+        return [row(trio, batch_size=1)]
     if figure == "growth":
         return [
             row([*trio, "deit_small_patch16_224"], img_size=(side, side), batch_size=batch) for side, batch in GROWTH
@@ -55,7 +59,7 @@ def show(results: list[Measurement]) -> None:
         w = m.workload
         height, width = w.img_size
         print(
-            f"{w.model + (' fused' if w.fused else ''):32} {w.mode:9} {height}x{width} b{w.batch_size:<4}",
+            f"{w.model + (' fused' if w.fused else ''):32} {w.mode:9} {w.compiled} {height}x{width} b{w.batch_size:<4}",
             f"{m.median_ms:9.3f} ms ±{m.spread:.1%} {m.images_per_second:9.1f} img/s {m.peak_memory_mib or 0:8.0f} MiB",
             f"first call {m.first_call_s:5.1f} s  ratio {m.ratio or 0:.3f}",
             flush=True,
@@ -97,7 +101,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figures", nargs="+", choices=FIGURES, default=FIGURES)
     parser.add_argument("--sizes", nargs="+", choices=("tiny", "small", "base"), default=["tiny", "small", "base"])
+    parser.add_argument("--compiled", nargs="+", choices=get_args(CompileMode), help="modes of torch.compile")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=0.3, help="a turn of a model lasts about this long")
     parser.add_argument("--profile", nargs="+", metavar="MODEL", help="kernels of these models, nothing else")
     parser.add_argument("--fused", action="store_true", help="profile the fused form")
     parser.add_argument("--mode", choices=("inference", "training"), default="inference", help="of --profile")
@@ -112,10 +118,13 @@ def main() -> None:
     if arguments.profile:
         return
     for figure in arguments.figures:
-        for size in arguments.sizes if figure in ("inference", "training") else ["tiny"]:
-            for peer, workloads in rows_of(figure, size):
+        modes: list[CompileMode] = ["default", "reduce-overhead"] if figure == "training" else ["reduce-overhead"]
+        sizes = arguments.sizes if figure in ("inference", "training") else ["tiny"]
+        for size, mode in itertools.product(sizes, arguments.compiled or modes):
+            for peer, workloads in rows_of(figure, size, mode):
                 torch._dynamo.reset()
-                results = compare(measure(workloads, "cuda", rounds=arguments.rounds), peer)
+                measured = measure(workloads, "cuda", rounds=arguments.rounds, seconds_a_round=arguments.seconds)
+                results = compare(measured, peer)
                 show(results)
                 append(arguments.output, [{"figure": figure, **row} for row in rows(results, "cuda")])
 
