@@ -38,7 +38,8 @@ def photographs(folder: Path) -> Tensor:
 
 def make_model(name: str, weights: Path | None) -> nn.Module:
     if weights:
-        return vmamba.load(str(weights)).eval()
+        model, _ = vmamba.load_model(weights)
+        return model
     torch.manual_seed(0)
     model = vmamba.create_model(name).eval()
     with torch.no_grad():
