@@ -1,15 +1,17 @@
 """SS2D's core in ONNX operators: functions of the domain "vmamba" that any runtime of the standard operators can run.
 
-The recurrence runs on three levels. A line of the map (a row or a column, whichever the route follows) is cut into q
-chunks of m ≤ 8 steps. An ONNX `Scan` over the m steps, all chunks of all lines at once, finds the state in which each
-chunk would end had it started from zero; `Scan`s over the chunks of a line and over the lines turn these into the
-states in which the chunks really start; a last `Scan` over the m steps runs the recurrence from there. A map of H×W
-positions takes 16 large steps, about W/4 middle ones and H small ones, in place of H·W, and each large one is long
-enough for threads to share. Every step is `a·h + b` as in the recurrence itself: nothing is divided and no exponential
-is taken but that of Δ·A, so nothing overflows that the recurrence would not.
+All routes of a map are one tensor: a `Gather` reads their positions into sequences of T ≥ H·W steps (those past the end
+are read and never looked at), another puts them back. The recurrence runs on three levels. T is cut into chunks of 7
+steps, and these into groups of up to 7 chunks. An ONNX `Scan` over 7 steps, all chunks at once, finds the state in
+which each chunk would end had it started from zero, and by how much it lets a state decay; the same over the chunks of
+a group, and a `Scan` over the groups, turn these into the states in which the chunks really start; a last `Scan` over 7
+steps runs the recurrence from there. A map takes 14 large steps, 14 middle ones and H·W/49 small ones in place of
+H·W. Every step is `a·h + b` as in the recurrence itself: nothing is divided by a decay, and no exponential is taken
+but that of Δ·A, so nothing overflows that the recurrence would not.
 
-Layout inside: [m, q, G, B, E] for G lines and B images, so that slicing along the steps copies nothing. A route that
-reads backwards is a `Scan` that runs backwards. All sizes but N, R and the routes are dynamic.
+Layout inside: [M, K, M₂, Q, B, E] for step, route, chunk of a group, group, image and channel; step t of a sequence is
+at (Q-index·M₂ + M₂-index)·M + M-index. All sizes but K, N and R are dynamic. What depends on H and W alone is the same
+in all blocks of a stage; onnxruntime computes it once.
 """
 
 from collections.abc import Sequence
@@ -18,79 +20,69 @@ from vmamba.ops.routes import Route, get_routes
 
 DOMAIN = "vmamba"
 OPSET = 20
-CHUNK_STEPS = 8
+# Maps of 7·2ⁿ positions a side need no padding.
+CHUNK_STEPS = 7
 
-# log1p(e) for e = exp(-|z|), as log(u) + (e - (u - 1)) with u = 1 + e: what rounding takes from u is added back, so
-# that small Δ keep their digits. onnxruntime's own Softplus takes one number at a time, and four times as long.
+# log1p(exp(-|z|)) as 2 artanh(s), s = 1/(1 + 2 exp|z|) ≤ 1/3, which keeps the digits of small Δ. In terms of t = 2s it
+# is t·r(t²) with r rational, by minimax to a relative 1.4e-8. HardSigmoid is αt² + β in one operator; its bounds of 0
+# and 1 are never met. onnxruntime runs Log and Softplus one number at a time, nine and sixty times as long as these.
 _SOFTPLUS = """
 Softplus (z) => (y)
 {
-  one = Constant<value_float = 1.0>()
+  half = Constant<value_float = 0.5>()
+  pole = Constant<value_float = 5.5182118307074965>()
+  residue = Constant<value_float = 2.0987703729513574>()
   size = Abs(z)
-  exponent = Neg(size)
-  e = Exp(exponent)
-  u = Add(e, one)
-  log_u = Log(u)
-  kept = Sub(u, one)
-  lost = Sub(e, kept)
-  log1p = Add(log_u, lost)
+  power = Exp(size)
+  below = Add(power, half)
+  t = Reciprocal(below)
+  t2 = Mul(t, t)
+  to_pole = Sub(pole, t2)
+  fraction = Div(residue, to_pole)
+  linear = HardSigmoid<alpha = 0.01441062394100731, beta = 0.6196647551705807>(t2)
+  ratio = Add(linear, fraction)
+  log1p = Mul(t, ratio)
   positive = Relu(z)
   y = Add(positive, log1p)
 }
 """
 
-_STEP = "float[] h, float[] a, float[] b) => (float[] next"
+_STEP = "ah = Mul(a, h) next = Add(ah, b)"
+_ENDS = (
+    "Scan<num_scan_inputs = 2, body = ends (float[] h, float[] decay, float[] a, float[] b) => "
+    f"(float[] next, float[] decayed) {{ {_STEP} decayed = Mul(decay, a) }}>"
+)
+_STARTS = (
+    "Scan<num_scan_inputs = 2, body = starts (float[] h, float[] a, float[] b) => "
+    f"(float[] next, float[] start) {{ start = Identity(h) {_STEP} }}>"
+)
+_OUTPUTS = (
+    "Scan<num_scan_inputs = 3, body = outputs (float[] h, float[] a, float[] b, float[] c) => "
+    f"(float[] next, float[] ch) {{ {_STEP} ch = Mul(next, c) }}>"
+)
 
-
-def recurrence(reverse: bool, per_line: bool) -> str:
-    """Write the function that runs h_t = a_t h_{t-1} + b_t along the map and gives c_t h_t.
-
-    Inputs: a, b and log_a = log(a), [m, q, G, B, E]; c, [m, q, G, B, 1]. Output: [m, q, G, B, E].
-
-    Args:
-        reverse: Whether the route runs backwards.
-        per_line: Whether each line is a sequence of its own.
-    """
-    d = int(reverse)
-    ends = f"Scan<num_scan_inputs = 2, scan_input_directions = [{d}, {d}], body = ends"
-    starts = (
-        f"Scan<num_scan_inputs = 2, scan_input_directions = [{d}, {d}], scan_output_directions = [{d}], body = starts"
-    )
-    state_step = f"({_STEP}, float[] start) {{ start = Identity(h) ah = Mul(a, h) next = Add(ah, b) }}"
-    step = "ah = Mul(a, h) next = Add(ah, b)"
-    between = f"""
-  line_log_a = ReduceSum<keepdims = 0>(chunk_log_a, zero)
-  line_a = Exp(line_log_a)
-  line_ends = {ends} ({_STEP}) {{ {step} }}>(zero_lines, chunk_a, chunk_ends)
-  map_end, line_starts = {starts} {state_step}>(zero_map, line_a, line_ends)"""
-    return f"""
-{_recurrence_name(reverse, per_line)} (a, log_a, b, c) => (y)
+# c_t h_t of h_t = a_t h_{t-1} + b_t. Inputs: a, b [M, K, M₂, Q, B, E]; c [M, K, M₂, Q, B, 1].
+_RECURRENCE = f"""
+Recurrence (a, b, c) => (y)
 {{
-  zero = Constant<value_ints = [0]>()
-  chunks_shape = Shape<start = 1>(a)
-  zero_chunks = ConstantOfShape<value = float[1] {{0.0}}>(chunks_shape)
-  lines_shape = Shape<start = 2>(a)
-  zero_lines = ConstantOfShape<value = float[1] {{0.0}}>(lines_shape)
-  map_shape = Shape<start = 3>(a)
-  zero_map = ConstantOfShape<value = float[1] {{0.0}}>(map_shape)
-  chunk_log_a = ReduceSum<keepdims = 0>(log_a, zero)
-  chunk_a = Exp(chunk_log_a)
-  chunk_ends = {ends} ({_STEP}) {{ {step} }}>(zero_chunks, a, b){
-        " line_starts = Identity(zero_lines)" if per_line else between
-    }
-  line_end, chunk_starts = {starts} ({_STEP}, float[] start) {{ start = Identity(h) {
-        step
-    } }}>(line_starts, chunk_a, chunk_ends)
-  chunk_end, y = Scan<num_scan_inputs = 3, scan_input_directions = [{d}, {d}, {d}], scan_output_directions = [{d}],
-    body = outputs (float[] h, float[] a, float[] b, float[] c) => (float[] next, float[] ch) {{ {
-        step
-    } ch = Mul(next, c) }}>(chunk_starts, a, b, c)
+  chunk = Shape<start = 1>(a)
+  chunk_zero = ConstantOfShape<value = float[1] {{0.0}}>(chunk)
+  chunk_one = ConstantOfShape<value = float[1] {{1.0}}>(chunk)
+  chunk_end, chunk_a = {_ENDS}(chunk_zero, chunk_one, a, b)
+  a2 = Transpose<perm = [1, 2, 0, 3, 4]>(chunk_a)
+  b2 = Transpose<perm = [1, 2, 0, 3, 4]>(chunk_end)
+  group = Shape<start = 1>(a2)
+  group_zero = ConstantOfShape<value = float[1] {{0.0}}>(group)
+  group_one = ConstantOfShape<value = float[1] {{1.0}}>(group)
+  group_end, group_a = {_ENDS}(group_zero, group_one, a2, b2)
+  map = Shape<start = 1>(group_a)
+  map_zero = ConstantOfShape<value = float[1] {{0.0}}>(map)
+  map_end, group_start = {_STARTS}(map_zero, group_a, group_end)
+  last, start2 = {_STARTS}(group_start, a2, b2)
+  chunk_start = Transpose<perm = [2, 0, 1, 3, 4]>(start2)
+  end, y = {_OUTPUTS}(chunk_start, a, b, c)
 }}
 """
-
-
-def _recurrence_name(reverse: bool, per_line: bool) -> str:
-    return f"{'Lines' if per_line else 'Map'}{'Backward' if reverse else 'Forward'}"
 
 
 def scan_name(routes: str, d_state: int, dt_rank: int, flip_back: bool) -> str:
@@ -110,177 +102,227 @@ def scan(routes: str, d_state: int, dt_rank: int, flip_back: bool) -> str:
         flip_back: See `vmamba.ops.cross_merge`.
     """
     pattern = get_routes(routes)
-    lines = [_preamble(pattern, d_state, dt_rank)]
-    maps = []
-    for column_major in (False, True):
-        ks = [k for k, route in enumerate(pattern) if route.column_major == column_major]
-        if not ks:
-            continue
-        prefix = "column" if column_major else "row"
-        lines.append(_read(prefix, column_major, len(pattern)))
-        lines += [_route(k, prefix, pattern[k], d_state) for k in ks]
-        # Lines that are not turned back cannot be added before they are on the map.
-        groups = [ks] if flip_back else [[k] for k in ks]
-        if not flip_back:
-            lines += [_skip(k, prefix) for k in ks]
-        for group in groups:
-            turned = not flip_back and pattern[group[0]].reverse
-            maps.append(f"map_{group[0]}")
-            lines.append(_write(prefix, column_major, group, flip_back, turned))
-    # D·x is added on the map, once for all routes, unless some of it is put back elsewhere than it was read.
-    total, *others = ["skipped", *maps] if flip_back else maps
-    for i, other in enumerate(others):
-        lines.append(f"  sum_{i} = Add({total}, {other})")
-        total = f"sum_{i}"
-    name = scan_name(routes, d_state, dt_rank, flip_back)
+    lines = [
+        _preamble(len(pattern)),
+        *(_order(k, route) for k, route in enumerate(pattern)),
+        _read(len(pattern), d_state, dt_rank),
+        _line_starts(pattern[0]) if pattern[0].per_line else "",
+        _recur(len(pattern), d_state, pattern[0].per_line),
+        _places(len(pattern), flip_back),
+        *(_write(k, route, flip_back) for k, route in enumerate(pattern)),
+    ]
+    total = "skipped" if flip_back else "route_0"
+    for k in range(0 if flip_back else 1, len(pattern)):
+        lines.append(f"  sum_{k} = Add({total}, route_{k})")
+        total = f"sum_{k}"
     body = "\n".join(lines)
     return f"""
-{name} (x_in, projected_in, dt_weight_in, dt_bias, A, D, height, width) => (y)
+{scan_name(routes, d_state, dt_rank, flip_back)} (
+  x_in, projected_in, dt_weight_in, dt_bias, A, D, height, width
+) => (y)
 {{
 {body}
-  flat = Concat<axis = 0>(batch, minus_one, E)
-  y = Reshape({total}, flat)
+  y = Reshape({total}, x_shape)
 }}
 """
 
 
-def _preamble(pattern: Sequence[Route], N: int, R: int) -> str:
-    sizes = ", ".join([f"{R}, {N}, {N}"] * len(pattern) + ["1"])
+def _preamble(K: int) -> str:
+    M = CHUNK_STEPS
     return f"""  x = Cast<to = 1>(x_in)
   projected = Cast<to = 1>(projected_in)
   dt_weight = Cast<to = 1>(dt_weight_in)
   zero = Constant<value_ints = [0]>()
   one = Constant<value_ints = [1]>()
-  two = Constant<value_ints = [2]>()
-  three = Constant<value_ints = [3]>()
   minus_one = Constant<value_ints = [-1]>()
-  longest = Constant<value_ints = [{CHUNK_STEPS}]>()
-  padded_value = Constant<value_float = 1.0>()
-  hidden = Constant<value_floats = [-1e30]>()
-  N = Constant<value_ints = [{N}]>()
-  R1 = Constant<value_ints = [{R + 1}]>()
-  part_sizes = Constant<value_ints = [{sizes}]>()
-  batch = Shape<start = 0, end = 1>(x)
-  E = Shape<start = 2, end = 3>(x)
+  nought = Constant<value_int = 0>()
+  unit = Constant<value_int = 1>()
+  M = Constant<value_ints = [{M}]>()
+  MM = Constant<value_ints = [{M * M}]>()
+  K = Constant<value_ints = [{K}]>()
   H = Reshape(height, one)
   W = Reshape(width, one)
-  grid = Concat<axis = 0>(batch, H, W, minus_one)
-  x_map = Reshape(x, grid)
-  one_map_shape = Concat<axis = 0>(batch, H, W, one)
-  unpadded = ConstantOfShape<value = float[1] {{0.0}}>(one_map_shape)
-  p_grid = Reshape(projected, grid)
-  p_map = Concat<axis = -1>(p_grid, unpadded)
-  D_sum = ReduceSum<keepdims = 0>(D, zero)
-  skipped = Mul(x_map, D_sum)
-  hidden_shape = Concat<axis = 0>(one, E)
-  hidden_row = Expand(hidden, hidden_shape)"""
+  HW = Concat<axis = 0>(H, W)
+  WH = Concat<axis = 0>(W, H)
+  L = Mul(H, W)
+  L_last = Sub(L, one)
+  Q_less = Div(L_last, MM)
+  Q = Add(Q_less, one)
+  MQ = Mul(M, Q)
+  M2_less = Div(L_last, MQ)
+  M2 = Add(M2_less, one)
+  chunks = Mul(Q, M2)
+  T = Mul(M, chunks)
+  padding = Sub(T, L)
+  L_scalar = Squeeze(L)
+  numbers = Range(nought, L_scalar, unit)
+  x_shape = Shape(x)
+  batch = Shape<start = 0, end = 1>(x)
+  E = Shape<start = 2, end = 3>(x)
+  rows = Concat<axis = 0>(minus_one, E)
+  one_row = Concat<axis = 0>(one, L)
+  by_rows = Reshape(numbers, HW)
+  by_columns = Reshape(numbers, WH)"""
 
 
-def _read(prefix: str, column_major: bool, routes: int) -> str:
-    """Bring x and the projections into the order [m, q, G, B, ·] of the rows or columns, padded to whole chunks.
-
-    Padding is marked by a 1 beside the rank of Δ, which a weight of -1e30 turns into Δ = 0: the state passes unchanged.
-    """
-    steps, lines = ("H", "W") if column_major else ("W", "H")
-    pads = (
-        "zero, zero, zero, zero, zero, {0}, zero, zero"
-        if column_major
-        else "zero, zero, zero, zero, zero, zero, {0}, zero"
-    )
-    cut = "batch, {0}_q, {0}_m, W" if column_major else "batch, H, {0}_q, {0}_m"
-    order = "2, 1, 3, 0, 4" if column_major else "3, 2, 1, 0, 4"
-    parts = ", ".join(f"{prefix}_r{k}, {prefix}_B{k}, {prefix}_C{k}" for k in range(routes))
-    p = prefix
-    return f"""  {p}_more = Add({steps}, longest)
-  {p}_last = Sub({p}_more, one)
-  {p}_q = Div({p}_last, longest)
-  {p}_up = Add({steps}, {p}_q)
-  {p}_up1 = Sub({p}_up, one)
-  {p}_m = Div({p}_up1, {p}_q)
-  {p}_length = Mul({p}_m, {p}_q)
-  {p}_padding = Sub({p}_length, {steps})
-  {p}_pads = Concat<axis = 0>({pads.format(f"{p}_padding")})
-  {p}_cut = Concat<axis = 0>({cut.format(p)}, minus_one)
-  {p}_full = Concat<axis = 0>({p}_m, {p}_q, {lines}, batch, E)
-  {p}_x_padded = Pad({p}_source_x, {p}_pads)
-  {p}_x_cut = Reshape({p}_x_padded, {p}_cut)
-  {p}_x = Transpose<perm = [{order}]>({p}_x_cut)
-  {p}_p_padded = Pad({p}_source_p, {p}_pads, padded_value)
-  {p}_p_cut = Reshape({p}_p_padded, {p}_cut)
-  {p}_p = Transpose<perm = [{order}]>({p}_p_cut)
-  {parts}, {p}_mark = Split<axis = -1>({p}_p, part_sizes)""".replace(f"{p}_source_x", "x_map").replace(
-        f"{p}_source_p", "p_map"
-    )
+def _flipped(name: str, given: str, per_line: bool) -> str:
+    axes = "1" if per_line else "0, 1"
+    back = "-1" if per_line else "-1, -1"
+    to = ", ".join(["-9223372036854775807"] * len(axes.split(",")))
+    return f"""  {name}_axes = Constant<value_ints = [{axes}]>()
+  {name}_back = Constant<value_ints = [{back}]>()
+  {name}_to = Constant<value_ints = [{to}]>()
+  {name} = Slice({given}, {name}_back, {name}_to, {name}_axes, {name}_back)"""
 
 
-def _route(k: int, prefix: str, route: Route, N: int) -> str:
-    """Compute one route: y_k [m, q, G, B, E]."""
-    recurrence_of = _recurrence_name(route.reverse, route.per_line)
-    head = f"""  k_{k} = Constant<value_int = {k}>()
-  W_{k} = Gather<axis = 0>(dt_weight, k_{k})
-  W_t_{k} = Transpose<perm = [1, 0]>(W_{k})
-  W_marked_{k} = Concat<axis = 0>(W_t_{k}, hidden_row)
-  bias_{k} = Gather<axis = 0>(dt_bias, k_{k})
-  A_{k} = Gather<axis = 0>(A, k_{k})
-  A_t_{k} = Transpose<perm = [1, 0]>(A_{k})
-  r_marked_{k} = Concat<axis = -1>({prefix}_r{k}, {prefix}_mark)
-  r_shape_{k} = Concat<axis = 0>(minus_one, R1)
-  r_{k} = Reshape(r_marked_{k}, r_shape_{k})
-  z_{k} = Gemm(r_{k}, W_marked_{k}, bias_{k})
-  delta_flat_{k} = {DOMAIN}.Softplus(z_{k})
-  delta_{k} = Reshape(delta_flat_{k}, {prefix}_full)
-  drive_{k} = Mul(delta_{k}, {prefix}_x)"""
+def _order(k: int, route: Route) -> str:
+    """Find the positions of the map that a route reads: order_k, [1, L]."""
+    lines, name = [], "by_rows"
+    if route.column_major:
+        lines.append(f"  turned_{k} = Transpose<perm = [1, 0]>(by_rows)")
+        name = f"turned_{k}"
+    if route.reverse:
+        lines.append(_flipped(f"read_{k}", name, route.per_line))
+        name = f"read_{k}"
+    return "\n".join([*lines, f"  order_{k} = Reshape({name}, one_row)"])
+
+
+def _read(K: int, N: int, R: int) -> str:
+    """Read x and the projections along all routes; give Δ, and Δ·x as drive."""
+    orders = ", ".join(f"order_{k}" for k in range(K))
+    return f"""  orders = Concat<axis = 0>({orders})
+  pads = Concat<axis = 0>(zero, zero, zero, padding)
+  padded = Pad<mode = "edge">(orders, pads)
+  cut = Concat<axis = 0>(K, Q, M2, M)
+  in_groups = Reshape(padded, cut)
+  steps_first = Transpose<perm = [3, 0, 2, 1]>(in_groups)
+  steps_shape = Concat<axis = 0>(M, K, M2, Q, one)
+  of_image = Reshape(steps_first, steps_shape)
+  batch_scalar = Squeeze(batch)
+  images = Range(nought, batch_scalar, unit)
+  first_of_image = Mul(images, L)
+  index = Add(of_image, first_of_image)
+  x_rows = Reshape(x, rows)
+  x_read = Gather<axis = 0>(x_rows, index)
+  part_width = Constant<value_ints = [-1, {R + 2 * N}]>()
+  parts = Reshape(projected, part_width)
+  ks = Constant<value_ints = [{", ".join(map(str, range(K)))}]>()
+  ks_shape = Constant<value_ints = [{K}, 1, 1, 1]>()
+  ks_apart = Reshape(ks, ks_shape)
+  index_K = Mul(index, K)
+  part_index = Add(index_K, ks_apart)
+  parts_read = Gather<axis = 0>(parts, part_index)
+  part_sizes = Constant<value_ints = [{R}, {N}, {N}]>()
+  rank, B, C = Split<axis = -1>(parts_read, part_sizes)
+  rank_shape = Constant<value_ints = [{CHUNK_STEPS}, {K}, -1, {R}]>()
+  rank_rows = Reshape(rank, rank_shape)
+  beside = Constant<value_ints = [0, 0, 0, 0, 0, 0, 0, 1]>()
+  one_value = Constant<value_float = 1.0>()
+  rank_one = Pad(rank_rows, beside, one_value)
+  weight = Transpose<perm = [0, 2, 1]>(dt_weight)
+  bias = Unsqueeze(dt_bias, one)
+  weight_bias = Concat<axis = 1>(weight, bias)
+  z = MatMul(rank_one, weight_bias)
+  delta_rows = {DOMAIN}.Softplus(z)
+  full = Concat<axis = 0>(M, K, M2, Q, batch, E)
+  delta = Reshape(delta_rows, full)
+  drive = Mul(delta, x_read)"""
+
+
+def _line_starts(route: Route) -> str:
+    """Mark with 0 the steps that begin a sequence of their own, with 1 the others: keep, [M, 1, M₂, Q, 1, 1]."""
+    return f"""  T_scalar = Squeeze(T)
+  steps = Range(nought, T_scalar, unit)
+  in_line = Mod(steps, {"H" if route.column_major else "W"})
+  kept = Cast<to = 9>(in_line)
+  kept_value = Cast<to = 1>(kept)
+  kept_cut = Concat<axis = 0>(Q, M2, M)
+  kept_groups = Reshape(kept_value, kept_cut)
+  kept_first = Transpose<perm = [2, 1, 0]>(kept_groups)
+  keep_axes = Constant<value_ints = [1, 4, 5]>()
+  keep = Unsqueeze(kept_first, keep_axes)"""
+
+
+def _recur(K: int, N: int, per_line: bool) -> str:
+    """Run the recurrence for each of the N states and add them up: y_routes [M, K, M₂, Q, B, E]."""
+    steps = f"""{"whole_a" if per_line else "a"} = Exp(log_a)
+      {"a = Mul(whole_a, keep)" if per_line else ""}
+      b = Mul(drive, B_n)"""
     if N == 1:
-        return f"""{head}
-  A_row_{k} = Squeeze(A_t_{k}, zero)
-  log_a_{k} = Mul(delta_{k}, A_row_{k})
-  a_{k} = Exp(log_a_{k})
-  b_{k} = Mul(drive_{k}, {prefix}_B{k})
-  y_{k} = {DOMAIN}.{recurrence_of}(a_{k}, log_a_{k}, b_{k}, {prefix}_C{k})"""
-    return f"""{head}
-  nothing_{k} = ConstantOfShape<value = float[1] {{0.0}}>({prefix}_full)
-  y_{k} = Scan<num_scan_inputs = 3, scan_input_axes = [0, 4, 4],
-    body = states_{k} (float[] so_far, float[] A_n, float[] B_flat, float[] C_flat) => (float[] more) {{
+        return f"""  A_shape = Constant<value_ints = [{K}, 1, 1, 1, -1]>()
+  A_row = Reshape(A, A_shape)
+  log_a = Mul(delta, A_row)
+  B_n = Identity(B)
+  {steps}
+  y_routes = {DOMAIN}.Recurrence(a, b, C)"""
+    return f"""  A_first = Transpose<perm = [2, 0, 1]>(A)
+  A_shape = Constant<value_ints = [{N}, {K}, 1, 1, 1, -1]>()
+  A_rows = Reshape(A_first, A_shape)
+  nothing = ConstantOfShape<value = float[1] {{0.0}}>(full)
+  y_routes = Scan<num_scan_inputs = 3, scan_input_axes = [0, 5, 5],
+    body = states (float[] so_far, float[] A_n, float[] B_flat, float[] C_flat) => (float[] more) {{
       B_n = Unsqueeze(B_flat, minus_one)
       C_n = Unsqueeze(C_flat, minus_one)
-      log_a = Mul(delta_{k}, A_n)
-      a = Exp(log_a)
-      b = Mul(drive_{k}, B_n)
-      part = {DOMAIN}.{recurrence_of}(a, log_a, b, C_n)
+      log_a = Mul(delta, A_n)
+      {steps}
+      part = {DOMAIN}.Recurrence(a, b, C_n)
       more = Add(so_far, part)
-    }}>(nothing_{k}, A_t_{k}, {prefix}_B{k}, {prefix}_C{k})"""
+    }}>(nothing, A_rows, B, C)"""
 
 
-def _skip(k: int, prefix: str) -> str:
-    """Add D·x to one route, in its order."""
-    return f"""  D_{k} = Gather<axis = 0>(D, k_{k})
-  skipped_{k} = Mul({prefix}_x, D_{k})
-  with_D_{k} = Add(y_{k}, skipped_{k})"""
+def _places(K: int, flip_back: bool) -> str:
+    """Find in which row of [M, K, M₂, Q] each step t lies for the first route: place, [T]; begin to merge with D·x.
+
+    D·x is added on the map, once for all routes, unless some of it is put back elsewhere than it was read.
+    """
+    if flip_back:
+        skip = """  D_sum = ReduceSum<keepdims = 0>(D, zero)
+  skipped = Mul(x, D_sum)
+  y_rows = Reshape(y_routes, rows)"""
+    else:
+        skip = f"""  D_shape = Constant<value_ints = [{K}, 1, 1, 1, -1]>()
+  D_row = Reshape(D, D_shape)
+  skipped = Mul(x_read, D_row)
+  with_skipped = Add(y_routes, skipped)
+  y_rows = Reshape(with_skipped, rows)"""
+    return f"""  chunks_K = Mul(chunks, K)
+  m = Constant<value_ints = [{", ".join(map(str, range(CHUNK_STEPS)))}]>()
+  m_place = Mul(m, chunks_K)
+  M2_scalar = Squeeze(M2)
+  m2 = Range(nought, M2_scalar, unit)
+  m2_place = Mul(m2, Q)
+  m2_column = Unsqueeze(m2_place, one)
+  Q_scalar = Squeeze(Q)
+  q = Range(nought, Q_scalar, unit)
+  q_axes = Constant<value_ints = [1, 2]>()
+  q_column = Unsqueeze(q, q_axes)
+  q_m2 = Add(q_column, m2_column)
+  q_m2_m = Add(q_m2, m_place)
+  place = Reshape(q_m2_m, minus_one)
+  image_column = Unsqueeze(images, one)
+{skip}"""
 
 
-def _write(prefix: str, column_major: bool, ks: Sequence[int], merged: bool, turned: bool) -> str:
-    """Add routes up and put them back on the map: map_k [B, H, W, E] for the first of them."""
-    order = "3, 1, 0, 2, 4" if column_major else "3, 2, 1, 0, 4"
-    shape = f"batch, {prefix}_length, W" if column_major else f"batch, H, {prefix}_length"
-    steps, axis = ("H", "one") if column_major else ("W", "two")
-    first = ks[0]
-    lines, total = [], f"{'y' if merged else 'with_D'}_{first}"
-    for k in ks[1:]:
-        lines.append(f"  added_{k} = Add({total}, y_{k})")
-        total = f"added_{k}"
-    lines.append(f"""  cut_{first} = Transpose<perm = [{order}]>({total})
-  padded_shape_{first} = Concat<axis = 0>({shape}, E)
-  padded_{first} = Reshape(cut_{first}, padded_shape_{first})""")
-    whole = f"padded_{first}, zero, {steps}, {axis}"
-    if not turned:
-        return "\n".join([*lines, f"  map_{first} = Slice({whole})"])
-    # As published: reversed lines are added in the order they were read.
+def _write(k: int, route: Route, flip_back: bool) -> str:
+    """Put a route back on the map: route_k, [B, L, E]. As published, unturned lines lie in the order they were read."""
+    lines, name = [], "by_columns" if route.column_major else "by_rows"
+    if route.reverse and flip_back:
+        lines.append(_flipped(f"back_{k}", name, route.per_line))
+        name = f"back_{k}"
+    if route.column_major:
+        lines.append(f"  upright_{k} = Transpose<perm = [1, 0]>({name})")
+        name = f"upright_{k}"
     return "\n".join(
         [
             *lines,
-            f"  straight_{first} = Slice({whole})",
-            f"  before_{first} = Sub(minus_one, {steps})",
-            f"  map_{first} = Slice(straight_{first}, minus_one, before_{first}, {axis}, minus_one)",
+            f"  step_{k} = Reshape({name}, one_row)",
+            f"  place_{k} = Gather<axis = 0>(place, step_{k})",
+            f"  k_{k} = Constant<value_ints = [{k}]>()",
+            f"  skip_{k} = Mul(k_{k}, chunks)",
+            f"  row_{k} = Add(place_{k}, skip_{k})",
+            f"  image_row_{k} = Mul(row_{k}, batch)",
+            f"  at_{k} = Add(image_row_{k}, image_column)",
+            f"  route_{k} = Gather<axis = 0>(y_rows, at_{k})",
         ]
     )
 
@@ -291,7 +333,5 @@ def functions(scans: Sequence[tuple[str, int, int, bool]]) -> list[str]:
     Args:
         scans: The arguments of `scan`, for each kind of scan in a model.
     """
-    routes = {(route.reverse, route.per_line) for name, *_ in scans for route in get_routes(name)}
-    texts = [_SOFTPLUS, *(recurrence(*kind) for kind in sorted(routes)), *(scan(*kind) for kind in scans)]
     header = f'<opset_import: ["" : {OPSET}, "{DOMAIN}" : 1], domain: "{DOMAIN}">'
-    return [header + text for text in texts]
+    return [header + text for text in (_SOFTPLUS, _RECURRENCE, *(scan(*kind) for kind in scans))]
