@@ -75,6 +75,7 @@ def run(argv: Sequence[str]) -> int:
     options = parse("serve", ServeOptions, argv, positionals=[("source", "?")])
     import uvicorn
 
+    from vmamba.deployment.protocol import HEAD_BYTES, Protocol
     from vmamba.deployment.requests import Limits
     from vmamba.deployment.server import Server, make_app
 
@@ -97,7 +98,8 @@ def run(argv: Sequence[str]) -> int:
             print("vmamba serve: others can reach this server and there is no token (--token)", file=sys.stderr)
         config = uvicorn.Config(
             app,
-            http="h11",  # refuses heads of more than 64 KiB
+            http=Protocol,
+            h11_max_incomplete_event_size=HEAD_BYTES,
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=options.shutdown_seconds,

@@ -152,6 +152,7 @@ def make_app(
         description=f"Says what is in images. Model: {predictor.name}, version {predictor.version}.",
         lifespan=lifespan,
     )
+    app.state.served = served
     _add_errors(app, served)
     _add_middleware(app, metrics, token)
 
