@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -259,31 +260,48 @@ class Kernel:
         Raises:
             RuntimeError: when the driver refuses the launch.
         """
+        if torch.cuda.current_device() != self._device:
+            with torch.cuda.device(self._device):
+                self.launch(grid, block, arguments, shared_bytes=shared_bytes, cluster=cluster)
+            return
+        if shared_bytes > self._shared_limit:
+            self._set(_ATTRIBUTE_MAX_DYNAMIC_SHARED, shared_bytes)
+            self._shared_limit = shared_bytes
+        if cluster > _PORTABLE_CLUSTER and not self._non_portable:
+            self._set(_ATTRIBUTE_NON_PORTABLE_CLUSTER, 1)
+            self._non_portable = True
         values = [_as_ctypes(argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))  # type: ignore[arg-type]
-        with torch.cuda.device(self._device):
-            stream = torch.cuda.current_stream().cuda_stream
-            if shared_bytes > self._shared_limit:
-                self._set(_ATTRIBUTE_MAX_DYNAMIC_SHARED, shared_bytes)
-                self._shared_limit = shared_bytes
-            if cluster > _PORTABLE_CLUSTER and not self._non_portable:
-                self._set(_ATTRIBUTE_NON_PORTABLE_CLUSTER, 1)
-                self._non_portable = True
-            attribute = _LaunchAttribute(id=_LAUNCH_CLUSTER_DIMENSION)
-            attribute.value[0], attribute.value[1], attribute.value[2] = cluster, 1, 1
-            config = _LaunchConfig(
-                (ctypes.c_uint * 3)(*grid),
-                (ctypes.c_uint * 3)(block, 1, 1),
-                shared_bytes,
-                stream,
-                ctypes.pointer(attribute),
-                1 if cluster > 1 else 0,
+        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])  # type: ignore[arg-type]
+        status = self._submit(grid, block, shared_bytes, cluster, pointers)
+        if status == _ERROR_INVALID_CONTEXT:  # a thread that has not used CUDA yet, such as one of autograd's
+            _make_context_current(self._device)
+            status = self._submit(grid, block, shared_bytes, cluster, pointers)
+        if status:
+            what = f"launch kernel {self.name} with grid {grid}, block {block}, {shared_bytes} B shared"
+            _check_driver(status, what)
+
+    def _submit(
+        self, grid: tuple[int, int, int], block: int, shared_bytes: int, cluster: int, pointers: ctypes.Array[Any]
+    ) -> int:
+        # What torch.cuda.current_stream() looks up, without making an object of it at every launch.
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
+        if cluster == 1:
+            simple: int = _driver().cuLaunchKernel(
+                self._function, *grid, block, 1, 1, shared_bytes, stream, pointers, None
             )
-            status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
-            if status == _ERROR_INVALID_CONTEXT:  # a thread that has not used CUDA yet, such as one of autograd's
-                _make_context_current(self._device)
-                status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
-        _check_driver(status, f"launch kernel {self.name} with grid {grid}, block {block}, {shared_bytes} B shared")
+            return simple
+        attribute = _LaunchAttribute(id=_LAUNCH_CLUSTER_DIMENSION)
+        attribute.value[0], attribute.value[1], attribute.value[2] = cluster, 1, 1
+        config = _LaunchConfig(
+            (ctypes.c_uint * 3)(*grid),
+            (ctypes.c_uint * 3)(block, 1, 1),
+            shared_bytes,
+            stream,
+            ctypes.pointer(attribute),
+            1,
+        )
+        status: int = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
+        return status
 
 
 def _make_context_current(device: int) -> None:

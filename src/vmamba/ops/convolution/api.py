@@ -2,10 +2,10 @@
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from vmamba.ops.linear.api import split_channels, why_not
+from vmamba.ops.operator import operator
 
 
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,7 +68,7 @@ def _kernels(x: Tensor) -> ModuleType:
     return triton_kernels
 
 
-@torch.library.custom_op("vmamba::depthwise_silu", mutates_args=())
+@operator("vmamba::depthwise_silu")
 def _depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y: Tensor = _kernels(x).depthwise_silu(x.contiguous(), weight.contiguous(), bias)
     return y
@@ -79,7 +79,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("vmamba::conv_norm", mutates_args=())
+@operator("vmamba::conv_norm")
 def _conv_norm(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, gelu: bool) -> Tensor:
     y: Tensor = _kernels(x).conv_norm(x, weight.contiguous(), bias, gamma, beta, eps, gelu)
     return y

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vmamba.ops.operator import operator
+
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -99,7 +101,7 @@ class _SkipNorm(torch.autograd.Function):
         return _differentiate(ctx, dy, skip)
 
 
-@torch.library.custom_op("vmamba::layer_norm_backward", mutates_args=())
+@operator("vmamba::layer_norm_backward")
 def _backward(
     dy: Tensor, skip: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,8 +6,9 @@ Triton: elsewhere nothing is won by fusing. No gradients: training has no use fo
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
+
+from vmamba.ops.operator import operator
 
 HIDDEN_STEP = 64  # `norm_mlp` takes so many hidden channels at a time
 
@@ -131,7 +132,7 @@ def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"{name}: bias must be {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
 
 
-@torch.library.custom_op("vmamba::norm_linear", mutates_args=())
+@operator("vmamba::norm_linear")
 def _norm_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> Tensor:
     module = _kernels(x)
     y: Tensor = module.norm_linear(
@@ -144,14 +145,14 @@ def _norm_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("vmamba::linear_gelu", mutates_args=())
+@operator("vmamba::linear_gelu")
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     module = _kernels(x)
     y: Tensor = module.linear_gelu(x.flatten(0, -2).contiguous(), weight.contiguous(), bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("vmamba::norm_mlp", mutates_args=())
+@operator("vmamba::norm_mlp")
 def _norm_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float) -> Tensor:
     module = _kernels(x)
     y: Tensor = module.norm_mlp(x.flatten(0, -2).contiguous(), w1.contiguous(), b1, w2.contiguous(), b2, eps)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vmamba.ops.capabilities import check_backend, select_backend
+from vmamba.ops.operator import operator
 from vmamba.ops.s6.reference import selective_scan_reference
 from vmamba.ops.validation import check_kind, check_shape, state_dtype
 
@@ -85,7 +86,7 @@ def _check_shapes(
             check_shape(_NAME, name, vector, "K·E", sizes)
 
 
-@torch.library.custom_op("vmamba::selective_scan", mutates_args=())
+@operator("vmamba::selective_scan")
 def _selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -109,7 +110,7 @@ def _(u: Tensor, *_: Any) -> Tensor:
     return u.new_empty(u.shape, dtype=state_dtype(u.dtype))
 
 
-@torch.library.custom_op("vmamba::selective_scan_backward", mutates_args=())
+@operator("vmamba::selective_scan_backward")
 def _selective_scan_backward(
     dy: Tensor,
     u: Tensor,
@@ -146,4 +147,4 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return (*(grad if wanted[i] else None for i, grad in enumerate(grads)), None, None)
 
 
-_selective_scan.register_autograd(_backward, setup_context=_setup_context)
+_selective_scan.register_autograd(_backward, _setup_context)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vmamba.ops.capabilities import check_backend, select_backend
+from vmamba.ops.operator import operator
 from vmamba.ops.routes import check_flip_back, get_routes
 from vmamba.ops.ss2d.reference import ss2d_scan_reference
 from vmamba.ops.validation import check_kind, check_shape, state_dtype
@@ -113,7 +114,7 @@ def _check_shapes(
     check_shape(_NAME, "D", D, "K E", sizes)
 
 
-@torch.library.custom_op("vmamba::ss2d_scan", mutates_args=())
+@operator("vmamba::ss2d_scan")
 def _ss2d_scan(
     x: Tensor,
     projected: Tensor,
@@ -155,7 +156,7 @@ def _(
     return x.new_empty(x.shape, dtype=out_dtype)
 
 
-@torch.library.custom_op("vmamba::ss2d_scan_backward", mutates_args=())
+@operator("vmamba::ss2d_scan_backward")
 def _ss2d_scan_backward(
     dy: Tensor,
     x: Tensor,
@@ -193,4 +194,4 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return (*(grad if wanted[i] else None for i, grad in enumerate(grads)), *[None] * 6)
 
 
-_ss2d_scan.register_autograd(_backward, setup_context=_setup_context)
+_ss2d_scan.register_autograd(_backward, _setup_context)
