@@ -15,7 +15,7 @@ from vmamba.deployment.accuracy import compare_on
 from vmamba.deployment.export import ExportFailedError, export, sample_photographs
 from vmamba.deployment.files import Description, load_exported
 from vmamba.deployment.onnx_model import to_onnx
-from vmamba.deployment.program import FeatureMaps, trace
+from vmamba.deployment.program import FeatureMaps, OpenPooling, trace
 from vmamba.models import VMambaBackbone
 
 SHAPES = [(1, 64, 64), (5, 97, 161), (1, 32, 32), (2, 64, 96)]
@@ -98,6 +98,35 @@ def test_onnx_of_a_segmentation_model(tmp_path):
     exported = load_exported(report.path, threads=1)
     assert exported(np.zeros((3, 3, 64, 96), np.float32))[0].shape == (3, 3, 64, 96)
     assert report.largest <= 1e-5
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, (6, 4), (None, 2)])
+def test_open_pooling_is_adaptive_average_pooling(size):
+    theirs, ours = nn.AdaptiveAvgPool2d(size), OpenPooling(size)
+    for height, width in ((1, 1), (2, 5), (6, 6), (13, 40)):
+        images = torch.randn(2, 3, height, width)
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        "onnx",
+        pytest.param("program", marks=pytest.mark.slow),  # as above, traced again
+    ],
+)
+def test_upernet_of_any_size(format, tmp_path):
+    from vmamba.tasks.segmentation import create_segmenter
+
+    config = vmamba.VMambaConfig(depths=(1, 1, 1, 1), dims=8)
+    model = create_segmenter(config, 5, hidden=8, auxiliary=4).eval()
+    told = Description("UperNet", task="segmentation")
+    target = tmp_path / ("model.onnx" if format == "onnx" else "model.pt2")
+    exported = load_exported(export(model, target, told, format=format).path, threads=1)
+    assert exported.description.dynamic_size
+    assert max(differences(exported, lambda images: model(images).logits)) <= 1e-5
+    assert isinstance(model.decode_head.psp_modules.blocks[0].layers[0], nn.AdaptiveAvgPool2d)
+    assert not any(isinstance(module, OpenPooling) for module in model.modules())
 
 
 def test_half_precision_is_as_exact_as_the_model_in_half(model, description, tmp_path):

@@ -55,6 +55,31 @@ class FeatureMaps(nn.Module):
         return maps
 
 
+class OpenPooling(nn.AdaptiveAvgPool2d):
+    """PyTorch's adaptive average pooling as two products with matrices made from the size of the map.
+
+    ONNX has pooling into a grid for maps of known size only. The cells are those of PyTorch: cell i of n begins at
+    ⌊i·size/n⌋ and ends before ⌈(i + 1)·size/n⌉.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, rows, columns)."""
+        height, width = input.shape[2:]
+        given = self.output_size
+        rows, columns = given if isinstance(given, tuple) else (given, given)
+        rows, columns = rows or height, columns or width
+        return _cells(height, rows, input) @ input @ _cells(width, columns, input).transpose(0, 1)
+
+
+def _cells(size: int, count: int, like: Tensor) -> Tensor:
+    """Say what share each position has in each cell: (count, size)."""
+    cells = torch.arange(count, device=like.device)[:, None]
+    begin, end = cells * size // count, ((cells + 1) * size + count - 1) // count
+    position = torch.arange(size, device=like.device)[None]
+    inside = (position >= begin) & (position < end)
+    return inside.to(like.dtype) / (end - begin).to(like.dtype)
+
+
 def flat_outputs(value: Any) -> Iterable[Tensor]:
     """Yield the tensors that a model returned.
 
@@ -95,6 +120,10 @@ def trace(model: nn.Module, in_chans: int = 3, img_size: tuple[int, int] | None 
         img_size: Height and width to fix, for models whose layers depend on them; None leaves both open.
     """
     wrapped = prepared(model)
+    if img_size is None:
+        for module in wrapped.modules():
+            if type(module) is nn.AdaptiveAvgPool2d:
+                module.__class__ = OpenPooling
     weight = next(wrapped.parameters())
     batch, height, width = (_EXAMPLE[0], *(img_size or _EXAMPLE[1:]))
     example = torch.zeros(batch, in_chans, height, width, dtype=weight.dtype, device=weight.device)
