@@ -37,6 +37,44 @@ def test_export_and_what_the_file_says(vmamba, weights, tmp_path):
     assert "cannot listen at no such host" in served.err
 
 
+def test_export_of_a_segmentation_model(vmamba, tmp_path):
+    from vmamba.tasks.segmentation import create_segmenter
+    from vmamba.tasks.segmentation_checkpoint import save_segmentation_checkpoint
+
+    model = create_segmenter(package.VMambaConfig(depths=(1, 1, 1, 1), dims=8), 3, hidden=8, auxiliary=4)
+    save_segmentation_checkpoint(model, tmp_path / "s.safetensors", metadata={"labels": ["a", "b", "c"]})
+    outcome = vmamba("export", "s.safetensors", "s.onnx")
+    assert outcome.status == 0, outcome.err
+    told = load_exported(tmp_path / "s.onnx").description
+    assert (told.task, told.labels, told.dynamic_size) == ("segmentation", ("a", "b", "c"), True)
+    refused = vmamba("export", "s.safetensors", "c.onnx", "--task", "classification")
+    assert refused.status == 2
+    assert "holds a segmentation model" in refused.err
+    measured = vmamba("export", "s.safetensors", "c.onnx", "--data", "digits")
+    assert measured.status == 2
+    assert "--task classification" in measured.err
+    assert "gives segmentation; a classifier is needed" in vmamba("serve", "s.onnx").err
+
+
+def test_export_of_a_detector(vmamba, tmp_path):
+    from vmamba.tasks.detection import DetectorConfig, make_vmamba_detector
+    from vmamba.tasks.detection_checkpoint import save_detector
+
+    config = package.VMambaConfig(depths=(1, 1, 1, 1), dims=8)
+    detector = make_vmamba_detector(config, DetectorConfig(2, channels=8))
+    save_detector(detector, tmp_path / "d.safetensors", metadata={"labels": ["a", "b"]})
+    refused = vmamba("export", "d.safetensors", "d.onnx")
+    assert refused.status == 2
+    assert "cannot be exported whole" in refused.err
+    assert "--task features" in refused.err
+    outcome = vmamba("export", "d.safetensors", "d.onnx", "--task", "features")
+    assert outcome.status == 0, outcome.err
+    exported = load_exported(tmp_path / "d.onnx")
+    assert exported.description.outputs == ("p2", "p3", "p4", "p5", "p6")
+    shapes = [output.shape for output in exported(np.zeros((1, 3, 64, 96), np.float32))]
+    assert shapes == [(1, 8, 16, 24), (1, 8, 8, 12), (1, 8, 4, 6), (1, 8, 2, 3), (1, 8, 1, 2)]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

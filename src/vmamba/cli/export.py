@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vmamba.cli.arguments import UsageError, parse
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from vmamba.deployment.files import Description
 
 
+_PYRAMID = ("p2", "p3", "p4", "p5", "p6")
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """Export a model to OUT (.onnx or .pt2) and run the file against the model on real images at three sizes.
@@ -28,7 +31,8 @@ class ExportOptions:
         target: File to write; by default the source's name with the format's ending, here.
         format: onnx; program (torch.export); aoti (an AOTInductor package for this kind of machine; needs a C++
             compiler while it is built).
-        task: classification gives logits, features the maps of the four stages.
+        task: classification gives logits, segmentation logits at a quarter of the image's size, features the maps of
+            the four stages, or of a detector's feature pyramid; by default what the file holds.
         precision: float32 or float16, of weights, images and outputs.
         quantization: int8-weights or int8-dynamic, for ONNX on CPUs.
         pretrained: Whether a variant's name stands for its published weights; false exports freshly initialised ones.
@@ -42,7 +46,7 @@ class ExportOptions:
     source: str | None = None
     target: str | None = None
     format: Literal["onnx", "program", "aoti"] | None = None
-    task: Literal["classification", "features"] = "classification"
+    task: Literal["classification", "features", "segmentation"] | None = None
     precision: Literal["float32", "float16"] = "float32"
     quantization: Literal["none", "int8-weights", "int8-dynamic"] = "none"
     pretrained: bool = True
@@ -61,20 +65,22 @@ def run(argv: Sequence[str]) -> int:
     format = options.format or ("program" if (options.target or "").endswith(".pt2") else "onnx")
     if options.img_size is not None and options.img_size < 32:
         raise ValueError(f"img_size must be 32 or more, not {options.img_size}")
-    if options.data and options.task != "classification":
+    if options.data and options.task not in (None, "classification"):
         raise ValueError("--data measures accuracy, which is a matter of --task classification")
-    from vmamba.cli.opening import open_model
     from vmamba.deployment.export import export
     from vmamba.deployment.files import SUFFIXES
 
     name = Path(options.source).stem or options.source
     target = Path(options.target or f"{name}{SUFFIXES[format]}")
-    opened = _untrained(options.source) if not options.pretrained else open_model(options.source, "cpu")
-    print(f"exporting {opened.name} to {target} ({format}, {options.precision})", file=sys.stderr)
+    subject = _open(options)
+    if options.data and subject.classifier is None:
+        raise ValueError("--data measures accuracy, which is a matter of --task classification")
+    told = subject.description
+    print(f"exporting {told.source}: {told.task} to {target} ({format}, {options.precision})", file=sys.stderr)
     report = export(
-        _model(opened, options.task),
+        subject.model,
         target,
-        _description(opened, options.task),
+        told,
         format=format,
         precision=options.precision,
         quantization=options.quantization,
@@ -84,9 +90,126 @@ def run(argv: Sequence[str]) -> int:
         overwrite=options.overwrite,
     )
     _print(report)
-    if options.data:
-        _print_accuracy(opened, target, options.data, options.device)
+    if options.data and subject.classifier is not None:
+        _print_accuracy(subject.classifier, target, options.data, options.device)
     return 0
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is exported, and what the file will say of it; `classifier` for those that can be measured."""
+
+    model: nn.Module
+    description: Description
+    classifier: OpenedModel | None = None
+
+
+def _open(options: ExportOptions) -> _Subject:
+    """Open what the flags name.
+
+    Raises:
+        ValueError, FileNotFoundError: There is no such thing, or it does not do the task asked for.
+    """
+    from vmamba.cli.opening import open_model
+    from vmamba.training.run_folder import RunFolder
+
+    source = options.source or ""
+    if options.pretrained:
+        place = source
+        if Path(source).expanduser().is_dir():
+            folder = RunFolder(Path(source).expanduser())
+            place = str(folder.best if folder.best.is_file() else folder.last)
+        held = _held(place)
+        if held == "segmentation":
+            return _segmenter(place, options.task or held)
+        if held == "detection":
+            return _detector(place, options.task or held)
+    if options.task == "segmentation":
+        raise ValueError(f"{source} holds no segmentation model; train one with `vmamba train --task segmentation`")
+    opened = open_model(source, "cpu") if options.pretrained else _untrained(source)
+    task = options.task or "classification"
+    model = _model(opened, task)
+    return _Subject(model, _description(opened, task), opened if task == "classification" else None)
+
+
+def _held(place: str) -> str:
+    """Tell what a file holds: classification where it is no file, or one that only opening it will tell about."""
+    file = Path(place).expanduser()
+    if not file.is_file():
+        return "classification"
+    from vmamba.models.checkpoint import CheckpointError, read_checkpoint
+    from vmamba.models.checkpoint_files import read_file
+    from vmamba.tasks.segmentation_checkpoint import holds_segmenter
+
+    try:
+        if "detector" in (read_file(file)[1] or {}):
+            return "detection"
+        checkpoint = read_checkpoint(file)
+    except CheckpointError:
+        return "classification"
+    if holds_segmenter(checkpoint):
+        return "segmentation"
+    return "detection" if "roi_head" in checkpoint.skipped else "classification"
+
+
+def _segmenter(place: str, task: str) -> _Subject:
+    from vmamba.data.segmentation_loaders import SegmentationPreprocessing
+    from vmamba.models.config import variant_name
+    from vmamba.tasks.segmentation_checkpoint import load_segmentation_model
+
+    if task == "classification":
+        raise ValueError(f"{place} holds a segmentation model: --task segmentation, or features for its backbone")
+    model, metadata = load_segmentation_model(place)
+    known = {name: metadata[name] for name in ("short_side", "long_side", "mean", "std") if name in metadata}
+    name = (variant_name(model.config) if model.config else None) or "VMamba"
+    features = task == "features"
+    return _Subject(
+        model.backbone if features else model,
+        _described(
+            place,
+            name if features else f"UperNet on {name}",
+            task,
+            tuple(f"stage{i}" for i in range(4)) if features else ("logits",),
+            () if features else tuple(metadata.get("labels") or ()),
+            asdict(SegmentationPreprocessing(**known)),
+        ),
+    )
+
+
+def _detector(place: str, task: str) -> _Subject:
+    from vmamba.tasks.detection_checkpoint import load_detector
+
+    if task != "features":
+        raise ValueError(
+            f"{place} holds a detector, which cannot be exported whole: how many boxes it proposes and keeps depends on"
+            " the image, and torch.export wants a program of fixed steps. Its backbone with the feature pyramid can:"
+            " --task features"
+        )
+    model, _ = load_detector(place)
+    body = model.backbone
+    return _Subject(body, _described(place, "feature pyramid of a detector", task, _PYRAMID, (), {}))
+
+
+def _described(
+    place: str,
+    model: str,
+    task: str,
+    outputs: tuple[str, ...],
+    labels: tuple[str, ...],
+    preprocessing: dict[str, Any],
+) -> Description:
+    from vmamba.deployment.export import sha256_of
+    from vmamba.deployment.files import Description
+
+    return Description(
+        model=model,
+        task=task,  # type: ignore[arg-type]
+        outputs=outputs,
+        labels=labels,
+        preprocessing=preprocessing,
+        source=place,
+        source_sha256=sha256_of(Path(place).expanduser()),
+    )
 
 
 def _untrained(name: str) -> OpenedModel:
