@@ -1,6 +1,7 @@
 """`vmamba serve` under load, under malformed requests, and when it is told to end, on this machine alone.
 
     python benchmarks/serving.py load --checkpoint nano.safetensors     # 32 clients, a minute; batches of 16, then of 1
+    python benchmarks/serving.py memory --checkpoint nano.safetensors --seconds 240   # resident memory, every 10 s
     python benchmarks/serving.py malformed --checkpoint nano.safetensors --count 10000
     python benchmarks/serving.py end --checkpoint nano.safetensors      # SIGTERM while 32 clients ask
 
@@ -90,6 +91,20 @@ def load(args):
             flush=True,
         )
     print(f"dynamic batching: {rates[16] / rates[1]:.2f} times the throughput of single images")
+
+
+async def memory(args):
+    with server(args.checkpoint) as (process, url):
+        watched = psutil.Process(process.pid)
+        asking = asyncio.create_task(ask(url, args.clients, args.seconds))
+        start, curve = time.monotonic(), []
+        while not asking.done():
+            curve.append((round(time.monotonic() - start), round(watched.memory_info().rss / 2**20)))
+            print(f"{curve[-1][0]} s: {curve[-1][1]} MiB", flush=True)
+            await asyncio.wait([asking], timeout=10)
+        found, lost = await asking
+    half = [mib for seconds, mib in curve if seconds >= args.seconds / 2]
+    print(f"{len(found)} answers, {len(lost)} lost; second half of the time: {half[0]} -> {half[-1]} MiB")
 
 
 async def end(args):
@@ -182,7 +197,7 @@ async def malformed(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["load", "malformed", "end"])
+    parser.add_argument("what", choices=["load", "memory", "malformed", "end"])
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)
@@ -191,7 +206,7 @@ def main():
     if args.what == "load":
         load(args)
     else:
-        asyncio.run(end(args) if args.what == "end" else malformed(args))
+        asyncio.run({"memory": memory, "malformed": malformed, "end": end}[args.what](args))
 
 
 if __name__ == "__main__":
