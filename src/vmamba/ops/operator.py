@@ -14,33 +14,45 @@ class Operator:
     compiler, an exporter, a functorch transform, a dispatch mode (such as a FLOP counter), a tensor subclass (such as a
     fake tensor) or a meta tensor has to see the operator. Results and gradients are the same either way.
 
+    Registered without `torch.library.custom_op`, whose own wrappers cost as much again in compiled graphs.
+
     Args:
         name: "vmamba::…".
-        compute: what it does, with annotations from which torch infers the operator's schema; mutates nothing.
+        compute: what it does, with annotations from which torch infers the operator's schema; mutates nothing, and what
+            it returns shares no memory with what it is given.
     """
 
     def __init__(self, name: str, compute: Callable[..., Any]) -> None:
-        self.compute = compute
-        self.registered = torch.library.custom_op(name, compute, mutates_args=())
+        self.name, self.compute = name, compute
+        torch.library.define(
+            name, torch.library.infer_schema(compute, mutates_args=()), tags=torch.Tag.pt2_compliant_tag
+        )
+        torch.library.impl(name, "CompositeExplicitAutograd", compute)
+        namespace, _, local = name.partition("::")
+        self.registered: Callable[..., Any] = getattr(getattr(torch.ops, namespace), local).default
         self._differentiable: type[torch.autograd.Function] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        """Compute; positional arguments only."""
+        """Compute; positional arguments only.
+
+        Raises:
+            RuntimeError: the operator has no gradients, and an argument asks for one.
+        """
+        differentiates = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if differentiates and self._differentiable is None:
+            raise RuntimeError(f"{self.name} is for inference and has no gradients; call it under torch.no_grad()")
         if torch.compiler.is_compiling() or _is_watched(args):
             return self.registered(*args)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            # Without a backward of its own the registered operator says so when one is asked for.
-            return self._differentiable.apply(*args) if self._differentiable else self.registered(*args)
-        return self.compute(*args)
+        return self._differentiable.apply(*args) if differentiates and self._differentiable else self.compute(*args)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Tell shapes and dtypes of the results; a decorator."""
-        self.registered.register_fake(fake)
+        torch.library.register_fake(self.name, fake)
         return fake
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
         """Tell the gradients, as `torch.library.register_autograd` takes them."""
-        self.registered.register_autograd(backward, setup_context=setup_context)
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
         compute = self.compute
 
         class Differentiable(torch.autograd.Function):
