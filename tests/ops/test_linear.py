@@ -81,7 +81,7 @@ def test_norm_mlp(parts: tuple[int, int], assert_accurate: Callable[..., None]) 
     M, D, hidden = 37, sum(parts), 96
     x, w1, b1, w2, b2 = draw(torch.float32, "cpu", (M, D), (hidden, D), (hidden,), (D, hidden), (D,))
     x, y = x * D**0.5 + 1, torch.full((M, D), torch.nan)
-    norm_mlp_kernel[(3,)](x, w1, b1, w2, b2, y, M, 1e-5, *parts, hidden, 16, 32)
+    norm_mlp_kernel[(3,)](x, w1, b1, w2, b2, y, M, 1e-5, *parts, hidden, True, 16, 32)
     check(y, reference.norm_mlp_reference, (x, w1, b1, w2, b2), assert_accurate)
 
 

@@ -21,19 +21,24 @@ from vmamba.ops.linear.api import HIDDEN_STEP, split_channels
 
 
 @triton.jit
+def half_tanh(x):
+    """Φ(x) − 1/2 by the hardware's tanh, for 16-bit results: errs by 3e-4 where rounding errs by 2e-3."""
+    # atanh(erf(x / √2)) / x, fitted in x² to the least error of the result; past x² = 36 it is ±1 all the same.
+    t = tl.minimum(x * x, 36.0)
+    p = -0.00035170863671661346 * t + 0.03700682709851308
+    tanh = tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x * (p * t + 0.7975065863834936)], tl.float32, is_pure=True, pack=1
+    )
+    return 0.5 * tanh
+
+
+@triton.jit
 def gelu(x, EXACT: constexpr):
-    """x·Φ(x); for 16-bit results by the hardware's tanh, 3e-4 from the truth where rounding errs by 2e-3."""
+    """x·Φ(x)."""
     if EXACT:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     else:
-        # atanh(erf(x / √2)) / x, fitted in x² to the least error of the result; past x² = 36 it is ±1 all the same.
-        t = tl.minimum(x * x, 36.0)
-        p = -0.00035170863671661346 * t + 0.03700682709851308
-        half = 0.5 * x
-        tanh = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [x * (p * t + 0.7975065863834936)], tl.float32, is_pure=True, pack=1
-        )
-        return half * tanh + half
+        return x * half_tanh(x) + 0.5 * x
 
 
 @triton.jit
@@ -113,19 +118,27 @@ def linear_gelu_kernel(
 @triton.jit
 def norm_mlp_kernel(
     x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, y_ptr, M, eps,
-    D0: constexpr, D1: constexpr, HIDDEN: constexpr, BM: constexpr, BH: constexpr,
+    D0: constexpr, D1: constexpr, HIDDEN: constexpr, BRANCH: constexpr, BM: constexpr, BH: constexpr,
 ):  # fmt: skip
-    """BM rows of y = x + gelu(norm(x) W1ᵀ + b1) W2ᵀ + b2, the hidden activations BH at a time and never in memory."""
+    """BM rows of y = gelu(n W1ᵀ + b1) W2ᵀ + b2, the hidden activations BH at a time and never in memory.
+
+    The whole BRANCH has n = norm(x) and adds x; otherwise n = x.
+    """
     D: constexpr = D0 + D1
     dtype: constexpr = y_ptr.dtype.element_ty
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     r_m = tl.minimum(o_m, M - 1).to(tl.int64)
     o_0, o_h = tl.arange(0, D0), tl.arange(0, BH)
-    b_n0, b_n1 = load_normed(x_ptr, r_m, eps, D0, D1)
-    b_y0 = tl.zeros([BM, D0], tl.float32)
     if D1 > 0:
         o_1 = D0 + tl.arange(0, D1)
         b_y1 = tl.zeros([BM, D1], tl.float32)
+    if BRANCH:
+        b_n0, b_n1 = load_normed(x_ptr, r_m, eps, D0, D1)
+    else:
+        b_n0 = tl.load(x_ptr + r_m[:, None] * D + o_0[None, :])
+        if D1 > 0:
+            b_n1 = tl.load(x_ptr + r_m[:, None] * D + o_1[None, :])
+    b_y0 = tl.zeros([BM, D0], tl.float32)
     for h in range(0, HIDDEN, BH):
         p_w1 = w1_ptr + (h + o_h)[None, :] * D
         p_w2 = w2_ptr + (h + o_h)[:, None]
@@ -138,14 +151,18 @@ def norm_mlp_kernel(
             b_y1 = tl.dot(b_h, tl.load(p_w2 + o_1[None, :] * HIDDEN), b_y1)
     m = (o_m < M)[:, None]
     offset = r_m[:, None] * D
-    b_y0 += tl.load(b2_ptr + o_0).to(tl.float32)[None, :] + tl.load(x_ptr + offset + o_0[None, :]).to(tl.float32)
+    b_y0 += tl.load(b2_ptr + o_0).to(tl.float32)[None, :]
+    if BRANCH:
+        b_y0 += tl.load(x_ptr + offset + o_0[None, :]).to(tl.float32)
     tl.store(y_ptr + offset + o_0[None, :], b_y0.to(dtype), mask=m)
     if D1 > 0:
-        b_y1 += tl.load(b2_ptr + o_1).to(tl.float32)[None, :] + tl.load(x_ptr + offset + o_1[None, :]).to(tl.float32)
+        b_y1 += tl.load(b2_ptr + o_1).to(tl.float32)[None, :]
+        if BRANCH:
+            b_y1 += tl.load(x_ptr + offset + o_1[None, :]).to(tl.float32)
         tl.store(y_ptr + offset + o_1[None, :], b_y1.to(dtype), mask=m)
 
 
-_MANY_ROWS = 2**15  # from here on large tiles fill the GPU
+MANY_ROWS = 2**15  # from here on large tiles fill the GPU
 
 
 class Tile(NamedTuple):
@@ -177,7 +194,7 @@ def norm_linear(
     parts = split_channels(K)
     if tile is None:
         tile = Tile(128 if residual is None else 64, 32, 0, 4, 1) if K <= 128 else Tile(64, 64, 0, 4, 1)
-        tile = tile if M > _MANY_ROWS else Tile(32, 32, 0, 4, 1)
+        tile = tile if M > MANY_ROWS else Tile(32, 32, 0, 4, 1)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         norm_linear_kernel[(triton.cdiv(M, tile.rows),)](
@@ -192,7 +209,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, tile: Tile | None = Non
     (M, K), N = x.shape, weight.shape[0]
     step = 64 if K % 64 == 0 else 32
     if tile is None:
-        tile = Tile(128, 128, step, 8, 3) if M * N > _MANY_ROWS * 128 else Tile(32, 64, step, 4, 3)
+        tile = Tile(128, 128, step, 8, 3) if M * N > MANY_ROWS * 128 else Tile(32, 64, step, 4, 3)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         linear_gelu_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
@@ -210,12 +227,12 @@ def norm_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: flo
         memory = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
         tile = Tile(128, 64, 0, 4, 2) if D <= 128 else Tile(128, 64, 0, 8, 3 if D <= 192 else 2)  # what fits
         tile = tile if memory >= 200 * 1024 else Tile(64, 32, 0, 4, 2)
-        tile = tile if M > _MANY_ROWS else Tile(32, 32, 0, 4, 2)
+        tile = tile if M > MANY_ROWS else Tile(32, 32, 0, 4, 2)
     assert HIDDEN_STEP % tile.columns == 0  # the loop over hidden channels masks none
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
         norm_mlp_kernel[(triton.cdiv(M, tile.rows),)](
-            x, w1, b1, w2, b2, y, M, eps, *parts, hidden, tile.rows, tile.columns,
+            x, w1, b1, w2, b2, y, M, eps, *parts, hidden, True, tile.rows, tile.columns,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y

@@ -1,0 +1,112 @@
+"""The MLP of a block as one operator in both directions, for training on narrow maps: GPUs only, by Triton.
+
+The hidden activations, four times the map, are not kept: the backward pass computes them anew in the kernel that needs
+them. On narrow maps all of this is bound by memory, and what is not written is won.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmamba.ops.linear.api import HIDDEN_STEP, split_channels, why_not
+from vmamba.ops.operator import operator
+
+_WIDEST = 192  # channels; wider products are bound by arithmetic, where cuBLAS is faster
+
+
+def takes_mlp(x: Tensor, hidden: int) -> bool:
+    """Whether `mlp` can run on (..., D) and pays there."""
+    if x.shape[-1] > _WIDEST or hidden % HIDDEN_STEP or why_not(x) is not None:
+        return False
+    try:
+        split_channels(x.shape[-1])
+    except ValueError:
+        return False
+    return True
+
+
+def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """Compute gelu(x W1ᵀ + b1) W2ᵀ + b2, with gradients for every argument.
+
+    Args:
+        x: (..., D), float16 or bfloat16; D as `vmamba.ops.linear.api.split_channels` takes it.
+        w1: (hidden, D), of x's dtype; hidden a multiple of `HIDDEN_STEP`.
+        b1: (hidden), float32.
+        w2: (D, hidden), of x's dtype.
+        b2: (D), float32.
+
+    Returns:
+        (..., D) of x's dtype, rounded once; hidden activations are rounded to it as well.
+
+    Raises:
+        ValueError: shapes or dtypes do not agree, or the kernels cannot run on these tensors; says why.
+    """
+    D, hidden = x.shape[-1], w1.shape[0]
+    for name, tensor, shape in (
+        ("w1", w1, (hidden, D)),
+        ("b1", b1, (hidden,)),
+        ("w2", w2, (D, hidden)),
+        ("b2", b2, (D,)),
+    ):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"mlp: {name} must be {shape} beside x {tuple(x.shape)}, got {tuple(tensor.shape)}")
+    if hidden % HIDDEN_STEP:
+        raise ValueError(f"mlp: the hidden channels must be a multiple of {HIDDEN_STEP}, got {hidden}")
+    if not x.dtype == w1.dtype == w2.dtype:
+        raise ValueError(f"mlp: x, w1 and w2 must have one dtype, got {x.dtype}, {w1.dtype} and {w2.dtype}")
+    split_channels(D)
+    y: Tensor = _mlp(x, w1, b1.float(), w2, b2.float())
+    return y
+
+
+def _rows(x: Tensor) -> Tensor:
+    if reason := why_not(x):
+        raise ValueError(f"mlp cannot run: {reason}")
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+@operator("vmamba::mlp")
+def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    rows = _rows(x)
+    from vmamba.ops.mlp import triton_kernels
+
+    return triton_kernels.forward(rows, w1.contiguous(), b1.contiguous(), w2.contiguous(), b2.contiguous()).view(
+        x.shape
+    )
+
+
+@_mlp.register_fake
+def _(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@operator("vmamba::mlp_backward")
+def _mlp_backward(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = _rows(x)
+    from vmamba.ops.mlp import triton_kernels
+
+    return triton_kernels.backward(_rows(dy), rows, w1.contiguous(), b1.contiguous(), w2.contiguous())
+
+
+@_mlp_backward.register_fake
+def _(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    M, hidden = x.numel() // x.shape[-1], w1.shape[0]
+    wide = x.new_empty(M, hidden)
+    return x.new_empty(M, x.shape[-1]), wide, torch.empty_like(wide), b1.new_empty(b1.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+    x, w1, b1, w2 = ctx.saved_tensors
+    dy = dy.to(x.dtype)
+    dx, hidden, dpre, db1 = _mlp_backward(dy, x, w1, b1, w2)
+    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    # What is left are two products over all positions, which cuBLAS does best.
+    return dx.view(ctx.saved_tensors[0].shape), dpre.T @ x, db1, dy.T @ hidden, dy.sum(0, dtype=torch.float32)
+
+
+_mlp.register_autograd(_backward, _setup_context)
