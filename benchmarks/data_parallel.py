@@ -26,7 +26,8 @@ from accelerate.utils import InitProcessGroupKwargs
 from PIL import Image
 from rich.console import Console
 
-from vmamba.data.loaders import Batch, Share
+from vmamba.data.loaders import Batch
+from vmamba.data.reading import Share
 from vmamba.models.registry import create_model
 from vmamba.tasks.classification import classification_loss
 from vmamba.training.classification import ClassificationTask

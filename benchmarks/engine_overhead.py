@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from vmamba.data.loaders import Batch, Share
+from vmamba.data.loaders import Batch
+from vmamba.data.reading import Share
 from vmamba.models.registry import create_model
 from vmamba.tasks.classification import classification_loss
 from vmamba.training.classification import ClassificationTask

@@ -25,7 +25,8 @@ from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from vmamba.data.loaders import Batch, Share
+from vmamba.data.loaders import Batch
+from vmamba.data.reading import Share
 from vmamba.data.sources import ImageSet
 from vmamba.models.registry import create_model
 from vmamba.training.classification import ClassificationTask

@@ -19,7 +19,7 @@ from vmamba.data.coco_loading import (
     masks_in,
     whole,
 )
-from vmamba.data.loaders import Draw, Share
+from vmamba.data.reading import Draw, Share
 
 
 def read(root, name="train", masks=True):

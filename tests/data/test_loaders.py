@@ -8,15 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vmamba.data.loaders import (
-    Draw,
-    EpochSampler,
-    ImageDataset,
-    LoaderError,
-    Share,
-    evaluation_loader,
-    training_loader,
-)
+from vmamba.data.loaders import ImageDataset, evaluation_loader, training_loader
+from vmamba.data.reading import Draw, EpochSampler, LoaderError, Share
 from vmamba.data.sources import ImageSet, open_source
 from vmamba.data.transforms import Preprocessing
 
@@ -68,9 +61,16 @@ def test_processes_and_parts_share_each_batch_without_overlap(processes, parts):
 
 def test_fewer_images_than_a_batch_come_more_than_once():
     (batch,) = positions(EpochSampler(5, 12, seed=3))
-    assert batch[:5] == batch[5:10]
-    assert sorted(batch[:5]) == list(range(5))
+    assert sorted(batch[:5]) == sorted(batch[5:10]) == list(range(5))  # pass after pass, each in its own order
+    assert batch[:5] != batch[5:10]
     assert len(batch) == 12
+
+
+def test_an_epoch_of_a_given_number_of_batches_goes_on_with_the_next_pass():
+    batches = positions(EpochSampler(7, 4, seed=3, steps=5))
+    assert len(batches) == 5
+    drawn = [position for batch in batches for position in batch]
+    assert sorted(drawn[:7]) == sorted(drawn[7:14]) == list(range(7))
 
 
 def batches_of(images, augmentation, epoch=5, first=0, **options):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vmamba.data.loaders import LoaderError, Share, evaluation_loader, training_loader
+from vmamba.data.loaders import evaluation_loader, training_loader
+from vmamba.data.reading import LoaderError, Share
 from vmamba.data.shards import open_shards, write_shards
 from vmamba.data.sources import open_source, with_labels
 from vmamba.data.transforms import Preprocessing

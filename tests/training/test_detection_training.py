@@ -16,7 +16,7 @@ from coco_samples import make_coco
 from vmamba.cli.arguments import parse
 from vmamba.data.coco import read_coco
 from vmamba.data.coco_loading import encoding_of, masks_in, whole
-from vmamba.data.loaders import ALONE
+from vmamba.data.reading import ALONE
 from vmamba.models.checkpoint import save_checkpoint
 from vmamba.models.registry import create_model
 from vmamba.models.vmamba import VMamba

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vmamba.cli.opening import OpenedModel
-    from vmamba.data.loaders import Share
+    from vmamba.data.reading import Share
     from vmamba.data.sources import ImageSet, ShardSet, Source
     from vmamba.tasks.classification import ClassificationReport
 
@@ -158,7 +158,8 @@ def _measure(
     damaged: list[str],
     share: "Share",
 ) -> "ClassificationReport":
-    from vmamba.data.loaders import evaluation_loader, guarded
+    from vmamba.data.loaders import evaluation_loader
+    from vmamba.data.reading import guarded
     from vmamba.data.sources import with_labels
     from vmamba.tasks.classification import evaluate
 

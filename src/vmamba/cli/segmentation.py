@@ -187,7 +187,7 @@ def evaluate_segmenter(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from vmamba.cli.opening import to_json, write_text
-    from vmamba.data.loaders import guarded
+    from vmamba.data.reading import guarded
     from vmamba.data.segmentation import PairSet, open_segmentation_source
     from vmamba.data.segmentation_loaders import evaluation_pairs
     from vmamba.tasks.segmentation import evaluate
@@ -212,7 +212,7 @@ def evaluate_segmenter(argv: Sequence[str]) -> int:
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         found: Any
-        for found in guarded(loader):  # type: ignore[arg-type]
+        for found in guarded(loader):
             damaged.extend(found.damaged)
             yield found.images.to(opened.device), found.masks.to(opened.device)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from vmamba.data.coco import CocoImage, CocoSet
 from vmamba.data.images import DamagedImageError
-from vmamba.data.loaders import ALONE, Draw, EpochSampler, Share, TrainingLoader, _options, guarded
+from vmamba.data.loaders import TrainingLoader
+from vmamba.data.reading import ALONE, Draw, EpochSampler, Share, divide_batch, guarded, reading_options, with_stand_ins
 
 _CROP_SIDES = (400, 500, 600)  # what the short side is brought to before a crop, as published
 _CROP_RANGE = (384, 600)  # pixels of a crop's sides
@@ -251,8 +251,7 @@ def collate(samples: Sequence[DetectionSample], masks: bool = False, filled: boo
     used = good
     if filled:
         stand_in = DetectionSample(torch.zeros(3, 64, 64, dtype=torch.uint8), *_NOTHING, -1, "", "")
-        others = cycle(good or [stand_in])
-        used = [next(others) if sample.image is None else sample for sample in samples]
+        used = with_stand_ins(samples, lambda sample: sample.image is None, stand_in)
     pictures = [sample.image for sample in used if sample.image is not None]
     height = max((picture.shape[1] for picture in pictures), default=1)
     width = max((picture.shape[2] for picture in pictures), default=1)
@@ -291,7 +290,7 @@ class EvaluationBatches:
         self._loader = loader
 
     def __iter__(self) -> Iterator[DetectionBatch]:
-        return guarded(self._loader)  # type: ignore[return-value]
+        return guarded(self._loader)
 
 
 def detection_training_loader(
@@ -312,14 +311,9 @@ def detection_training_loader(
     Raises:
         ValueError: The batch cannot be divided so.
     """
-    pieces = share.processes * parts
-    if batch_size % pieces:
-        raise ValueError(
-            f"--batch_size {batch_size} cannot be divided among {share.processes} processes × {parts} parts;"
-            f" {batch_size // pieces * pieces or pieces} can"
-        )
+    divide_batch(batch_size, share, parts)
     sampler = EpochSampler(len(images), batch_size, seed, share, parts)
-    options = _loader_options(images, workers, pin_memory, timeout)
+    options = reading_options(len(images), workers, pin_memory, timeout)
     dataset = DetectionDataset(images, masks, augmentation)
     loader: Any = DataLoader(dataset, batch_sampler=sampler, collate_fn=_Collate(masks, True), **options)
     return TrainingLoader(loader, sampler, sampler.steps, parts)
@@ -336,12 +330,8 @@ def detection_evaluation_loader(
 ) -> EvaluationBatches:
     """Return this process's share of the images, none twice, as they are; damaged ones are left out."""
     mine = range(share.rank, len(images), share.processes)
-    options = _loader_options(images, workers, pin_memory, timeout)
+    options = reading_options(len(images), workers, pin_memory, timeout)
     dataset = DetectionDataset(images, masks=False)
     return EvaluationBatches(
         DataLoader(dataset, batch_size=batch_size, sampler=mine, collate_fn=_Collate(False, False), **options)
     )
-
-
-def _loader_options(images: CocoSet, workers: int, pin_memory: bool, timeout: float) -> dict[str, Any]:
-    return _options(images, workers, pin_memory, timeout)  # type: ignore[arg-type]  # it asks for their number alone

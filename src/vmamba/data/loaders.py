@@ -6,45 +6,34 @@ the number of the batch, so a run can go on in the middle of an epoch.
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from vmamba.data.images import DamagedImageError, decode_image
+from vmamba.data.reading import (
+    ALONE,
+    Draw,
+    EpochSampler,
+    LoaderError,
+    Seeded,
+    Share,
+    divide_batch,
+    guarded,
+    reading_options,
+    with_stand_ins,
+)
 from vmamba.data.shards import RawSample, ShardSet, read_samples
 from vmamba.data.sources import ImageSet
 from vmamba.data.transforms import Transform
 
 _SHUFFLED = 2000  # encoded samples a stream holds to draw from
-
-
-class LoaderError(RuntimeError):
-    """The processes that read images have died or hang; the message says which and what may help."""
-
-
-class Draw(NamedTuple):
-    """One image of one epoch: its position, and the seed of its augmentation."""
-
-    position: int
-    seed: int
-
-
-class Share(NamedTuple):
-    """Which part of every batch this process computes: part `rank` of `processes` equal ones."""
-
-    rank: int = 0
-    processes: int = 1
-
-
-ALONE = Share()
 
 
 @dataclass
@@ -120,42 +109,6 @@ class ImageDataset(Dataset[_Sample]):
         except OSError as error:
             return _Sample(None, target, position, seed, name, f"{name}: {error.strerror or error}")
         return _Sample(_transformed(picture, self.transform, seed), target, position, seed, name, "")
-
-
-class EpochSampler(Sampler[list[Draw]]):
-    """A new random order every epoch, a function of seed and epoch alone, cut into the parts one process computes.
-
-    Args:
-        length: Images in the set; where they are fewer than a batch, they come more than once in it.
-        batch_size: Images in a batch of all processes.
-        seed: Seed of the order.
-        share: The part of each batch to yield.
-        parts: Pieces this process's share of a batch is cut into.
-    """
-
-    def __init__(self, length: int, batch_size: int, seed: int, share: Share = ALONE, parts: int = 1):
-        self.length, self.batch_size, self.seed, self.share, self.parts = length, batch_size, seed, share, parts
-        self.steps = max(length // batch_size, 1)
-        self.epoch = self.first = 0
-
-    def start(self, epoch: int, first: int = 0) -> None:
-        """Choose the epoch whose order comes next, and how many of its batches to pass over."""
-        self.epoch, self.first = epoch, first
-
-    def __len__(self) -> int:
-        return max(self.steps - self.first, 0) * self.parts
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        generator = np.random.default_rng([self.seed, self.epoch])
-        order = np.resize(generator.permutation(self.length), self.steps * self.batch_size)
-        seeds = generator.integers(2**31, size=len(order))
-        share = self.batch_size // self.share.processes
-        piece = share // self.parts
-        for step in range(self.first, self.steps):
-            mine = step * self.batch_size + self.share.rank * share
-            for start in range(mine, mine + share, piece):
-                chosen = slice(start, start + piece)
-                yield [Draw(int(p), int(s)) for p, s in zip(order[chosen], seeds[chosen], strict=True)]
 
 
 class ShardStream(IterableDataset[_Sample]):
@@ -287,13 +240,7 @@ def training_loader(
     Raises:
         ValueError: The batch cannot be divided so, or there are more readers than shards.
     """
-    pieces = share.processes * parts
-    if batch_size % pieces:
-        raise ValueError(
-            f"--batch_size {batch_size} cannot be divided among {share.processes} processes × {parts} parts;"
-            f" {batch_size // pieces * pieces or pieces} can"
-        )
-    piece = batch_size // pieces
+    piece = divide_batch(batch_size, share, parts)
     options = _options(images, workers, pin_memory, timeout) | {"collate_fn": _Filling((3, img_size, img_size))}
     if isinstance(images, ImageSet):
         sampler = EpochSampler(len(images), batch_size, seed, share, parts)
@@ -331,63 +278,16 @@ def evaluation_loader(
     return DataLoader(dataset, batch_size=batch_size, sampler=mine, **options)
 
 
-def guarded(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """Yield batches; turn the ways in which DataLoader reports dead and hanging workers into one error.
-
-    Raises:
-        LoaderError: A process that reads images has died or hangs.
-    """
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if not is_worker_failure(error):
-            raise
-        raise LoaderError(worker_failure(error)) from None
-
-
-def is_worker_failure(error: RuntimeError) -> bool:
-    """Whether DataLoader raised this about a worker; it does so wherever the main process happens to be."""
-    return str(error).startswith("DataLoader ")
-
-
-def worker_failure(error: RuntimeError) -> str:
-    """Say in a sentence what became of a worker."""
-    reason = str(error).partition("\n")[0].rstrip(". ")
-    return (
-        f"a process that reads images failed: {reason}; it may have run out of memory (use fewer --workers), or wait "
-        "for a disk or network that no longer answers (--guards.worker_timeout sets the patience)"
-    )
-
-
 def _options(images: ImageSet | ShardSet, workers: int, pin_memory: bool, timeout: float) -> dict[str, Any]:
-    if workers < 0:
-        # Reading files pays for processes of its own; pixels in memory do not.
-        few = len(images) < 256 or (isinstance(images, ImageSet) and images.pixels is not None)
-        workers = 0 if few else min(8, os.cpu_count() or 1)
-        if isinstance(images, ShardSet):
-            workers = min(workers, len(images.shards))
-    return {
-        "num_workers": workers,
-        "pin_memory": pin_memory,
-        "worker_init_fn": _start_worker,
-        "timeout": timeout if workers else 0,
-        # Otherwise starting an iteration draws from the generator that drop path uses, and a resumed run diverges.
-        "generator": torch.Generator(),
-    }
-
-
-def _start_worker(number: int) -> None:
-    """Leave Ctrl-C to the main process, which finishes its step; end on SIGTERM, which the main process sends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "SIGUSR1"):  # SLURM sends it to every process of a job
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if isinstance(images, ShardSet):
+        return reading_options(len(images), workers, pin_memory, timeout, most=len(images.shards))
+    return reading_options(len(images), workers, pin_memory, timeout, in_memory=images.pixels is not None)
 
 
 def _transformed(picture: Any, transform: Transform, seed: int) -> torch.Tensor:
     if seed < 0:
         return transform(picture)
-    with _Seeded(seed):
+    with Seeded(seed):
         return transform(picture)
 
 
@@ -413,25 +313,9 @@ class _Filling:
     shape: tuple[int, int, int]
 
     def __call__(self, samples: Sequence[_Sample]) -> Batch:
-        good = [sample for sample in samples if sample.image is not None]
-        others = cycle(good or [_Sample(torch.zeros(self.shape), 0, -1, -1, "", "")])
-        return _collate(samples, [next(others) if sample.image is None else sample for sample in samples])
+        empty = _Sample(torch.zeros(self.shape), 0, -1, -1, "", "")
+        return _collate(samples, with_stand_ins(samples, _is_damaged, empty))
 
 
-class _Seeded:
-    """Give augmentation a generator state of its own and put the old one back."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self.saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        random.seed(self.seed)
-        np.random.seed(self.seed)
-        torch.random.default_generator.manual_seed(self.seed)
-
-    def __exit__(self, *_: object) -> None:
-        python, numpy, pytorch = self.saved
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(pytorch)
+def _is_damaged(sample: _Sample) -> bool:
+    return sample.image is None

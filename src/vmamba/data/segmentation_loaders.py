@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +15,18 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from vmamba.data.images import DamagedImageError
-from vmamba.data.loaders import ALONE, Draw, EpochSampler, Share, TrainingLoader, _options, _Seeded
+from vmamba.data.loaders import TrainingLoader
+from vmamba.data.reading import (
+    ALONE,
+    Draw,
+    EpochSampler,
+    Seeded,
+    Share,
+    divide_batch,
+    reading_options,
+    with_stand_ins,
+)
 from vmamba.data.segmentation import NO_CLASS, PairSet
-from vmamba.data.sources import ImageSet
 
 _TRIES = 10  # cuts drawn in search of one that no class fills
 
@@ -197,29 +205,8 @@ class PairDataset(Dataset[_Sample]):
             return _Sample(None, None, position, seed, name, f"{error.filename or name}: {error.strerror or error}")
         if isinstance(self.transform, SegmentationPreprocessing):
             return _Sample(self.transform(picture), torch.from_numpy(mask), position, seed, name, "")
-        with _Seeded(seed):
+        with Seeded(seed):
             return _Sample(*self.transform(picture, mask), position, seed, name, "")
-
-
-class _PassesSampler(EpochSampler):
-    """An epoch of a given number of updates, over as many random orders of the set as it takes."""
-
-    def __init__(self, length: int, batch_size: int, seed: int, share: Share, parts: int, updates: int) -> None:
-        super().__init__(length, batch_size, seed, share, parts)
-        self.steps = updates
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        generator = np.random.default_rng([self.seed, self.epoch])
-        needed = self.steps * self.batch_size
-        order = np.concatenate([generator.permutation(self.length) for _ in range(-(-needed // self.length))])
-        seeds = generator.integers(2**31, size=needed)
-        share = self.batch_size // self.share.processes
-        piece = share // self.parts
-        for step in range(self.first, self.steps):
-            mine = step * self.batch_size + self.share.rank * share
-            for start in range(mine, mine + share, piece):
-                chosen = slice(start, start + piece)
-                yield [Draw(int(p), int(s)) for p, s in zip(order[chosen], seeds[chosen], strict=True)]
 
 
 def training_pairs(
@@ -252,14 +239,9 @@ def training_pairs(
     Raises:
         ValueError: The batch cannot be divided so.
     """
-    pieces = share.processes * parts
-    if batch_size % pieces:
-        raise ValueError(
-            f"--batch_size {batch_size} cannot be divided among {share.processes} processes × {parts} parts;"
-            f" {batch_size // pieces * pieces or pieces} can"
-        )
-    sampler = _PassesSampler(len(pairs), batch_size, seed, share, parts, updates or max(len(pairs) // batch_size, 1))
-    options = _loading(pairs, workers, pin_memory, timeout) | {"collate_fn": _Filling(augmentation.crop)}
+    divide_batch(batch_size, share, parts)
+    sampler = EpochSampler(len(pairs), batch_size, seed, share, parts, updates)
+    options = reading_options(len(pairs), workers, pin_memory, timeout) | {"collate_fn": _Filling(augmentation.crop)}
     loader: Any = DataLoader(PairDataset(pairs, augmentation), batch_sampler=sampler, **options)
     return TrainingLoader(loader, sampler, sampler.steps, parts)
 
@@ -274,15 +256,10 @@ def evaluation_pairs(
     timeout: float = 0.0,
 ) -> DataLoader[SegmentationBatch]:
     """Return this process's share of the pairs, one at a time for they differ in size; damaged ones come empty."""
-    options = _loading(pairs, workers, pin_memory, timeout) | {"collate_fn": _collate}
+    options = reading_options(len(pairs), workers, pin_memory, timeout) | {"collate_fn": _collate}
     mine = range(share.rank, len(pairs), share.processes)
     dataset: Any = PairDataset(pairs, preprocessing)
     return DataLoader(dataset, batch_size=1, sampler=mine, **options)
-
-
-def _loading(pairs: PairSet, workers: int, pin_memory: bool, timeout: float) -> dict[str, Any]:
-    names = ImageSet(np.zeros(len(pairs), dtype=np.int64), pairs.images)
-    return _options(names, workers, pin_memory, timeout)
 
 
 def _collate(samples: Sequence[_Sample], filled: Sequence[_Sample] | None = None) -> SegmentationBatch:
@@ -308,7 +285,6 @@ class _Filling:
     crop: int
 
     def __call__(self, samples: Sequence[_Sample]) -> SegmentationBatch:
-        good = [sample for sample in samples if sample.image is not None]
-        empty = torch.zeros(3, self.crop, self.crop), torch.full((self.crop, self.crop), NO_CLASS, dtype=torch.uint8)
-        others = cycle(good or [_Sample(*empty, -1, -1, "", "")])
-        return _collate(samples, [next(others) if sample.image is None else sample for sample in samples])
+        image, mask = torch.zeros(3, self.crop, self.crop), torch.full((self.crop, self.crop), NO_CLASS)
+        empty = _Sample(image, mask.to(torch.uint8), -1, -1, "", "")
+        return _collate(samples, with_stand_ins(samples, lambda sample: sample.image is None, empty))

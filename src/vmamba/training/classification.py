@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmamba.data.loaders import Batch, Share, TrainingLoader, evaluation_loader, guarded, training_loader
+from vmamba.data.loaders import Batch, TrainingLoader, evaluation_loader, training_loader
+from vmamba.data.reading import Share, guarded
 from vmamba.data.sources import open_source
 from vmamba.data.transforms import Preprocessing
 from vmamba.models.checkpoint import load_checkpoint, save_checkpoint

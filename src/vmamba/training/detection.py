@@ -20,7 +20,8 @@ from vmamba.data.coco_loading import (
     detection_evaluation_loader,
     detection_training_loader,
 )
-from vmamba.data.loaders import Share, TrainingLoader
+from vmamba.data.loaders import TrainingLoader
+from vmamba.data.reading import Share
 from vmamba.models.pretrained import fetch_pretrained
 from vmamba.tasks.detection import DetectorConfig, make_vmamba_detector
 from vmamba.tasks.detection_checkpoint import save_detector, start_from

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from vmamba.data.loaders import LoaderError, is_worker_failure, worker_failure
+from vmamba.data.reading import LoaderError, is_worker_failure, worker_failure
 from vmamba.training.checkpointing import seed_update
 from vmamba.training.classification import ClassificationTask
 from vmamba.training.guards import (

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from vmamba.data.loaders import Share
+from vmamba.data.reading import Share
 from vmamba.training.recipe import RunOptions
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)

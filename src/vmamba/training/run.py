@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
-from vmamba.data.loaders import Share
+from vmamba.data.reading import Share
 from vmamba.training.agreement import Agreement
 from vmamba.training.checkpointing import CheckpointFolder, Position, read_checkpoint_folder, seed_update
 from vmamba.training.guards import InterruptGuard, StallWatch, TrainingFailedError, smaller_batch

@@ -10,7 +10,8 @@ import torch
 from timm.scheduler import PolyLRScheduler
 from torch import Tensor, distributed, nn, optim
 
-from vmamba.data.loaders import Share, TrainingLoader, guarded
+from vmamba.data.loaders import TrainingLoader
+from vmamba.data.reading import Share, guarded
 from vmamba.data.segmentation import open_segmentation_source
 from vmamba.data.segmentation_loaders import (
     SegmentationAugmentation,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn, optim
 
-from vmamba.data.loaders import Share
+from vmamba.data.reading import Share
 from vmamba.training.optim import make_schedule, parameter_groups
 from vmamba.training.recipe import RunOptions
 
