@@ -10,6 +10,7 @@ from torch import nn
 import vmamba
 from vmamba.models import fused_gpu
 from vmamba.ops.convolution import reference as convolution
+from vmamba.ops.layer_norm.reference import add_norm_reference
 from vmamba.ops.linear import reference as linear
 from vmamba.ops.linear.api import HIDDEN_STEP, split_channels
 
@@ -44,13 +45,14 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_gpu, "linear_gelu", linear.linear_gelu_reference)
     monkeypatch.setattr(fused_gpu, "norm_mlp", refusing(linear.norm_mlp_reference))
     monkeypatch.setattr(fused_gpu, "depthwise_silu", convolution.depthwise_silu_reference)
+    monkeypatch.setattr(fused_gpu, "add_norm", add_norm_reference)
     monkeypatch.setattr(fused_gpu, "conv_norm", convolution.conv_norm_reference)
 
 
 @pytest.mark.parametrize(
     ("overrides", "size"),
     [
-        ({"dims": 64, "depths": (1, 1, 1, 1)}, (64, 96)),  # 64 to 512 channels: narrow and wide blocks
+        ({"dims": 64, "depths": (1, 0, 2, 3)}, (64, 96)),  # 64 to 512 channels: narrow and wide blocks, and none
         ({"dims": 64, "depths": (1, 1), "ssm_ratio": 2.0, "conv_bias": True}, (37, 50)),
         ({"dims": 96, "depths": (1, 1), "routes": "bidi", "d_state": 4, "norm_layer": "ln"}, (32, 32)),
         (

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import vmamba
-from vmamba.ops.layer_norm.api import layer_norm, skip_norm
+from vmamba.ops.layer_norm.api import add_norm, layer_norm, skip_norm
+from vmamba.ops.layer_norm.reference import add_norm_reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHAPES = [((37, 20), True), ((5, 32), False), ((2, 3, 7, 96), True)]
@@ -60,6 +61,41 @@ def test_kernel(shape: tuple[int, ...], skip: bool, assert_accurate: Callable[..
     results = [gradients(dtype, x, [gamma, beta], grads) for dtype in (torch.float64, torch.float32)]
     for name, ours, exact, plain in zip(["x", "gamma", "beta"], (dx, *sums), *results, strict=True):
         assert_accurate(ours, plain, exact, name)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the test above starts")
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+@pytest.mark.parametrize(("M", "D"), [(37, 20), (5, 32)])
+def test_add_norm_kernel(M: int, D: int, assert_accurate: Callable[..., None]) -> None:
+    from vmamba.ops.layer_norm.triton_kernels import add_norm_kernel
+
+    x, (bias, _), (branch, _) = make((M, D), "cpu")
+    total, y = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+    add_norm_kernel[(-(-M // 4),)](x, branch, bias, total, y, M, 1e-5, D, 4, 32)
+    results = [add_norm_reference(*(t.to(kind) for t in (x, branch, bias))) for kind in (torch.float64, torch.float32)]
+    for name, ours, exact, plain in zip(["sum", "norm"], (total, y), *results, strict=True):
+        assert_accurate(ours, plain, exact, name)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
+def test_add_norm_says_what_is_wrong() -> None:
+    x, (bias, _), (branch, _) = make((3, 8), "cpu")
+    with pytest.raises(ValueError, match="runs on GPUs"):
+        add_norm(x, branch, bias)
+    with pytest.raises(ValueError, match="branch and bias must be"):
+        add_norm(x, branch[:2], bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 8), (2, 7, 7, 384), (1025, 768), (3, 1000), (25088, 512), (9, 3000)])
+def test_add_norm_on_the_gpu(shape: tuple[int, ...], dtype: torch.dtype, assert_accurate: Callable[..., None]) -> None:
+    x, (bias, _), (branch, _) = make(shape, "cuda")
+    tensors = x.to(dtype), branch.to(dtype), bias
+    ours = add_norm(*tensors)
+    results = [add_norm_reference(*(t.to(kind) for t in tensors)) for kind in (torch.float64, dtype)]
+    for name, actual, exact, plain in zip(["sum", "norm"], ours, *results, strict=True):
+        assert_accurate(actual, plain, exact, name)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")

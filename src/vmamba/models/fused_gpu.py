@@ -2,11 +2,14 @@
 
 `fuse_for_gpu` makes a new module; the model it came from stays as it is. What is done, and only where it was measured
 to pay (docs/performance.md): the affine part of each norm goes into the linear layer after it; on narrow maps, where
-products are bound by memory, norm, product and residual are one kernel and so is the whole MLP; the first layers of the
-stem are one kernel each; the scan gives its result in 16 bits.
+products are bound by memory, norm, product and residual are one kernel and so is the whole MLP; on wide maps a branch
+is added to the residual by the norm that follows; the first layers of the stem are one kernel each; the scan gives its
+result in 16 bits.
 """
 
 import copy
+from collections.abc import Iterable
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +21,7 @@ from vmamba.models.ss2d import SS2D
 from vmamba.models.vmamba import VMamba, VSSBlock
 from vmamba.ops import ss2d_scan
 from vmamba.ops.convolution.api import conv_norm, depthwise_silu
+from vmamba.ops.layer_norm.api import add_norm
 from vmamba.ops.linear.api import HIDDEN_STEP, linear_gelu, norm_linear, norm_mlp, split_channels, why_not
 
 if TYPE_CHECKING:
@@ -153,10 +157,30 @@ class FusedBlock(nn.Module):
     fc2_weight: Tensor
     fc2_bias: Tensor
 
+    @property
+    def wide(self) -> bool:
+        """Whether products stay on their own, so that residuals are best added by the norm that comes next."""
+        return not (self.in_proj.narrow or self.out_proj.narrow or self.fc1.narrow)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, D) to (B, H, W, D)."""
-        B, H, W, _ = x.shape
-        u = depthwise_silu(self.in_proj(x), self.conv_weight, self.conv_bias).view(B, H * W, -1)
+        x = self.out_proj(self._scan(self.in_proj(x)), x)
+        fc1 = self.fc1
+        if fc1.narrow and fc1.weight.shape[0] % HIDDEN_STEP == 0:
+            return norm_mlp(x, fc1.weight, fc1.bias, self.fc2_weight, self.fc2_bias, eps=fc1.eps)
+        return x + (self._mlp(fc1.normed(x)) + self.fc2_bias.to(x.dtype))
+
+    def forward_wide(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Map x and its norm to x after the first branch, and the second branch without `fc2_bias`."""
+        branch = self._scan(F.linear(normed, self.in_proj.weight, self.in_proj.bias.to(x.dtype)))
+        branch = F.linear(self.out_proj.normed(branch), self.out_proj.weight)
+        x, normed = add_norm(x, branch, self.out_proj.bias, eps=self.fc1.eps)
+        return x, self._mlp(normed)
+
+    def _scan(self, u: Tensor) -> Tensor:
+        """Convolve, activate and scan (B, H, W, E)."""
+        B, H, W, _ = u.shape
+        u = depthwise_silu(u, self.conv_weight, self.conv_bias).view(B, H * W, -1)
         y = ss2d_scan(
             u,
             F.linear(u, self.x_proj_weight),
@@ -167,17 +191,37 @@ class FusedBlock(nn.Module):
             height=H,
             width=W,
             routes=self.routes,
-            out_dtype=x.dtype,
+            out_dtype=u.dtype,
             backend=self.backend,
         )
-        return self._mlp(self.out_proj(y.view(B, H, W, -1), x))
+        return y.view(B, H, W, -1)
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        fc1 = self.fc1
-        if fc1.narrow and fc1.weight.shape[0] % HIDDEN_STEP == 0:
-            return norm_mlp(x, fc1.weight, fc1.bias, self.fc2_weight, self.fc2_bias, eps=fc1.eps)
-        hidden = linear_gelu(fc1.normed(x), fc1.weight, fc1.bias)
-        return x + F.linear(hidden, self.fc2_weight, self.fc2_bias.to(x.dtype))
+    def _mlp(self, normed: Tensor) -> Tensor:
+        """Compute the MLP without its last bias."""
+        return F.linear(linear_gelu(normed, self.fc1.weight, self.fc1.bias), self.fc2_weight)
+
+
+class FusedStage(nn.Module):
+    """The blocks of one resolution: (B, H, W, D) to (B, H, W, D)."""
+
+    def __init__(self, blocks: Iterable[FusedBlock]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks; on wide maps each branch is added in the norm that follows it."""
+        blocks: Any = list(self.blocks)
+        if not all(block.wide for block in blocks):
+            for block in blocks:
+                x = block(x)
+            return x
+        normed = blocks[0].in_proj.normed(x) if blocks else x
+        for block, following in zip_longest(blocks, blocks[1:]):
+            x, branch = block.forward_wide(x, normed)
+            if following is None:
+                return x + (branch + block.fc2_bias.to(x.dtype))
+            x, normed = add_norm(x, branch, block.fc2_bias, eps=following.in_proj.eps)
+        return x
 
 
 class _StemLayer(nn.Module):
@@ -215,7 +259,7 @@ class FusedVMamba(nn.Module):
         self.stages, self.downsamples = nn.ModuleList(), nn.ModuleList()
         for stage in model.stages():
             blocks: Any = stage.blocks
-            self.stages.append(nn.Sequential(*[FusedBlock(block, dtype) for block in blocks]))
+            self.stages.append(FusedStage(FusedBlock(block, dtype) for block in blocks))
             self.downsamples.append(copy.deepcopy(stage.downsample).to(dtype))
         self.norm = copy.deepcopy(model.classifier.norm).to(dtype)
         self.head = copy.deepcopy(model.classifier.head).to(dtype)

@@ -1,4 +1,4 @@
-"""LayerNorm over channels for training: the result in the dtype that is wanted, the backward pass in one kernel.
+"""LayerNorm over channels, its result in the dtype that is wanted, its backward pass in one kernel; sums with their norm.
 
 On a GPU with Triton the backward pass is `triton_kernels`; everywhere else it is torch's. The forward pass is torch's
 own operator in either case, so that a compiler can fuse it with what comes before.
@@ -52,6 +52,46 @@ def skip_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: tor
         skip, y = _SkipNorm.apply(x, gamma, beta, eps, out_dtype)
         return skip, y
     return x, _plain(x, gamma, beta, eps, out_dtype)
+
+
+def add_norm(x: Tensor, branch: Tensor, bias: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual and normalise the sum, without affine part: for inference on GPUs with Triton.
+
+    Args:
+        x: (..., D).
+        branch: (..., D), of x's dtype.
+        bias: (D), added too.
+        eps: added to the variance.
+
+    Returns:
+        x + branch + bias, rounded once, and the norm of what was rounded: (..., D) each, of x's dtype.
+
+    Raises:
+        ValueError: shapes do not agree, or the tensors are on no GPU with Triton.
+    """
+    if branch.shape != x.shape or branch.dtype != x.dtype or bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"add_norm: branch and bias must be {tuple(x.shape)} of {x.dtype} and {tuple(x.shape[-1:])}, "
+            f"got {tuple(branch.shape)} of {branch.dtype} and {tuple(bias.shape)}"
+        )
+    if not (x.is_cuda and _HAS_TRITON):
+        raise ValueError(f"add_norm runs on GPUs with Triton; the tensors are on {x.device}")
+    total, y = _add_norm(x, branch, bias, eps)
+    return total, y
+
+
+@operator("vmamba::add_norm")
+def _add_norm(x: Tensor, branch: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from vmamba.ops.layer_norm import triton_kernels
+
+    x_rows, branch_rows = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, branch))
+    total, y = triton_kernels.add_norm(x_rows, branch_rows, bias.contiguous(), eps)
+    return total.view(x.shape), y.view(x.shape)
+
+
+@_add_norm.register_fake
+def _(x: Tensor, branch: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 def _takes_kernel(x: Tensor) -> bool:

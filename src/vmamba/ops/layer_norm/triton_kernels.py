@@ -1,5 +1,6 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
-"""The backward pass of LayerNorm over channels, with the gradient that goes round the norm added in the same pass.
+"""LayerNorm over channels: its backward pass, the gradient that goes round the norm added in the same pass; and, for
+inference, a sum with the norm of it.
 
 A program takes rows in strides, holds its sums for γ and β in registers and leaves them as one row of partial sums;
 a second kernel adds these up in a fixed order, so results do not change from run to run. Compiled reductions over
@@ -11,6 +12,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
+
+
+@triton.jit
+def add_norm_kernel(
+    x_ptr, branch_ptr, bias_ptr, sum_ptr, y_ptr, M, eps, D: constexpr, BM: constexpr, BD: constexpr,
+):  # fmt: skip
+    """BM rows of x + branch + bias, rounded, and of their norm."""
+    o_d, o_m = tl.arange(0, BD), tl.program_id(0) * BM + tl.arange(0, BM)
+    m_d = (o_d < D)[None, :]
+    m = (o_m < M)[:, None] & m_d
+    offset = o_m.to(tl.int64)[:, None] * D + o_d[None, :]
+    b_sum = tl.load(x_ptr + offset, mask=m, other=0.0).to(tl.float32)
+    b_sum += tl.load(branch_ptr + offset, mask=m, other=0.0).to(tl.float32)
+    b_sum += tl.load(bias_ptr + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
+    b_low = b_sum.to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + offset, b_low, mask=m)
+    b_sum = b_low.to(tl.float32)
+    b_y = tl.where(m_d, b_sum - (tl.sum(b_sum, 1) / D)[:, None], 0.0)
+    b_y *= tl.rsqrt(tl.sum(b_y * b_y, 1) / D + eps)[:, None]
+    tl.store(y_ptr + offset, b_y.to(y_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -60,6 +81,19 @@ def layer_norm_sums_kernel(partial_ptr, dgamma_ptr, dbeta_ptr, P, D: constexpr, 
     b_total = tl.sum(b_sum, 0)
     tl.store(dgamma_ptr + o_d, b_total, mask=o_d < D * (1 - which))
     tl.store(dbeta_ptr + o_d, b_total, mask=o_d < D * which)
+
+
+def add_norm(x: Tensor, branch: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute x + branch + bias and its norm without affine part, [M, D] each, in x's dtype."""
+    M, D = x.shape
+    width = triton.next_power_of_2(D)
+    rows = max(1, min(16, 2048 // width))
+    total, y = torch.empty_like(x), torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        add_norm_kernel[(triton.cdiv(M, rows),)](
+            x, branch, bias, total, y, M, eps, D, rows, width, num_warps=4 if rows * width <= 2048 else 8
+        )
+    return total, y
 
 
 def backward(
