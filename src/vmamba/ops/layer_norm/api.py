@@ -1,4 +1,4 @@
-"""LayerNorm over channels, its result in the dtype that is wanted, its backward pass in one kernel; sums with their norm.
+"""LayerNorm over channels: its result in the dtype wanted, its backward pass in one kernel; and sums with their norm.
 
 On a GPU with Triton the backward pass is `triton_kernels`; everywhere else it is torch's. The forward pass is torch's
 own operator in either case, so that a compiler can fuse it with what comes before.
