@@ -1,0 +1,38 @@
+"""Training on a GPU: every precision, compiled or not, learns; an interrupted run in float16 keeps its loss scale."""
+
+import pytest
+from runs import quiet, recipe, state_of
+
+from vmamba.training.engine import train
+from vmamba.training.recipe import AugmentationOptions, OptimizerOptions
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:TensorFloat32"),  # torch's advice when it compiles float32
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # the compiler of torch 2.11 uses what torch deprecates
+]
+
+
+def run(data, folder, **options):
+    plain, fast = AugmentationOptions(policy="none"), OptimizerOptions(lr=1e-2)
+    return train(recipe(data, folder, device="cuda", augmentation=plain, optimizer=fast, **options), quiet())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_learns(colours, tmp_path, precision, compiled):
+    result = run(colours, tmp_path / "run", epochs=4, precision=precision, compile=compiled)
+    assert result.report.top1 == 1.0
+    losses = [record["train_loss"] for record in result.folder.read_metrics() if record["kind"] == "epoch"]
+    assert losses[-1] < losses[0]
+
+
+def test_the_loss_scale_survives_a_resumed_run(colours, tmp_path):
+    run(colours, tmp_path / "run", epochs=2, precision="fp16")
+    _, parts = state_of(tmp_path / "run")
+    scale = parts["scaler"]["scale"]
+    assert scale > 0
+    run(colours, tmp_path / "run", epochs=3, precision="fp16", resume=str(tmp_path / "run"))
+    _, later = state_of(tmp_path / "run")
+    assert later["scaler"]["_growth_tracker"] > parts["scaler"]["_growth_tracker"]
+    assert later["scaler"]["scale"] == scale
