@@ -76,12 +76,14 @@ from vmamba.ops.convolution import triton_kernels as convolution
 from vmamba.ops.layer_norm import triton_kernels as layer_norm
 from vmamba.ops.linear import triton_kernels as linear
 from vmamba.ops.mlp import triton_kernels as mlp
+from vmamba.ops.stem import triton_kernels as stem
 
 for kernel, warps, stages, constants in (
     (linear.norm_linear_kernel, 4, 1, {"K0": 64, "K1": 32, "N": 96, "BIAS": 1, "RESIDUAL": 1, "BM": 64, "BN": 32}),
     (linear.linear_gelu_kernel, 8, 3, {"K": 384, "N": 1536, "BM": 128, "BN": 128, "BK": 64}),
     (linear.norm_mlp_kernel, 4, 2, {"D0": 64, "D1": 32, "HIDDEN": 384, "BRANCH": True, "BM": 64, "BH": 32}),
     (linear.norm_mlp_kernel, 8, 2, {"D0": 128, "D1": 64, "HIDDEN": 768, "BRANCH": False, "BM": 64, "BH": 32}),
+    (stem.stem_bwd_kernel, 4, 1, {"CIN": 3, "N0": 32, "N1": 16, "BM": 64, "BK": 32}),
     (mlp.mlp_bwd_kernel, 8, 2, {"D0": 64, "D1": 32, "HIDDEN": 384, "BM": 64, "BH": 32}),
     (convolution.depthwise_silu_kernel, 1, 2, {"C": 96, "BIAS": False, "ROWS": 14, "BW": 8, "BC": 64}),
     (convolution.conv_norm_kernel, 4, 2, {"CIN": 3, "N0": 32, "N1": 16, "ACT_GELU": True, "BM": 64, "BK": 32}),

@@ -1,8 +1,8 @@
 """The small layers of VMamba, all on channels-last maps (B, H, W, C)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vmamba.ops.layer_norm.api import layer_norm, skip_norm
 from vmamba.ops.mlp.api import mlp, takes_mlp
+from vmamba.ops.stem.api import first_layer, takes_first_layer
 
 ACTIVATIONS: Mapping[str, type[nn.Module]] = MappingProxyType(
     {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "sigmoid": nn.Sigmoid}
@@ -171,6 +172,34 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(torch.cat(cells, dim=-1)))
 
 
+class OverlapStem(nn.Sequential):
+    """Two overlapping convolutions with their norms; on a GPU in 16 bits the first of them is one kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to (B, H / 4, W / 4, D)."""
+        first: Any = list(self)[:5]
+        dtype = _autocast_dtype(x) or x.dtype
+        if not _is_first_layer(first) or not takes_first_layer(x, dtype, first[0].out_channels):
+            y: Tensor = super().forward(x)
+            return y
+        conv, _, norm, *_ = first
+        y = first_layer(x.to(dtype), conv.weight, conv.bias, norm.weight, norm.bias, eps=norm.eps).permute(0, 3, 1, 2)
+        for layer in list(self)[5:]:
+            y = layer(y)
+        return y
+
+
+def _is_first_layer(layers: Sequence[Any]) -> bool:
+    """Whether these are the layers that `first_layer` does, and nobody listens in between."""
+    kinds = (nn.Conv2d, ToChannelsLast, LayerNorm, ToChannelsFirst, nn.GELU)
+    if tuple(type(layer) for layer in layers) != kinds:
+        return False
+    conv = layers[0]
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    hooks = any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in layers)
+    return geometry == ((3, 3), (2, 2), (1, 1), (1, 1), 1, "zeros") and conv.bias is not None and not hooks
+
+
 def make_stem(
     kind: Literal["overlap", "patch"], in_chans: int, dim: int, patch_size: int, norm: str, patch_norm: bool
 ) -> nn.Sequential:
@@ -182,7 +211,7 @@ def make_stem(
     if kind == "patch":
         return nn.Sequential(nn.Conv2d(in_chans, dim, patch_size, patch_size), ToChannelsLast(), normed(dim))
     stride = patch_size // 2
-    return nn.Sequential(
+    return OverlapStem(
         nn.Conv2d(in_chans, dim // 2, stride + 1, stride, padding=1),
         ToChannelsLast(),
         normed(dim // 2),
