@@ -25,7 +25,7 @@ PLANS = {
     "table, small map, high rank": (48, 768, bf16, bf16, bf16, TablePlan(8, 1, images=2, teams=8, staged=True)),
     "table, odd channels, rank 7, float16": (7, 33, f16, f32, f32, TablePlan(8, 2, blocks=4)),
     "lines": (12, 192, bf16, f32, bf16, LinePlan(14, 2, blocks=3)),
-    "lines, wide rows": (24, 384, bf16, f32, bf16, LinePlan(14, 1, quad=2, teams=2, blocks=3, ahead=0, wide=True)),
+    "lines, high rank": (24, 384, bf16, f32, bf16, LinePlan(14, 1, quad=2, teams=2, blocks=3, ahead=0)),
     "lines, four images, odd span": (48, 768, bf16, f32, f32, LinePlan(7, 1, quad=4, teams=2, blocks=3)),
 }
 CLUSTERS = {

@@ -160,7 +160,6 @@ class LinePlan(NamedTuple):
         teams: Groups of 16 channels that a block takes side by side.
         blocks: Blocks that a multiprocessor should hold; what it holds at most bounds the registers of a thread.
         ahead: What is loaded one chunk ahead: 0 nothing, 1 projections, 2 the map too.
-        wide: Whether lanes load 8 bytes of rows of `projected` longer than 16.
     """
 
     span: int
@@ -169,7 +168,6 @@ class LinePlan(NamedTuple):
     teams: int = 1
     blocks: int = 1
     ahead: int = 1
-    wide: bool = False
 
     @property
     def kernel(self) -> str:
@@ -200,7 +198,6 @@ class LinePlan(NamedTuple):
             ("TEAMS", self.teams),
             ("BLOCKS", self.blocks),
             ("AHEAD", self.ahead),
-            ("WIDE_ROWS", int(self.wide)),
         )
 
     def grid(self, problem: Problem) -> int:
@@ -263,7 +260,6 @@ class ClusterPlan(NamedTuple):
             ("CLUSTER", self.cluster),
             ("RAGGED", int(self.ragged)),
             ("AHEAD", self.ahead),
-            ("WIDE_ROWS", 1),
         )
 
     def grid(self, problem: Problem) -> int:

@@ -49,7 +49,7 @@ struct Inputs {
 
 struct Chunk {
     u32 x[T];
-    u32 raw[PRODUCTS][OPERANDS];
+    u32 raw[PRODUCTS][FRAGMENTS];
 
     __device__ __forceinline__ void fetch_x(const Inputs& in, const Spot& spot) {
 #pragma unroll
@@ -343,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         Step weights;
         weights.load(weight, dt_bias, route, E, channel0, channel1, t);
-        const Selector selector(route, t);
+        const Selector selector(t);
         const float decay[2] = {A[route * E + channel0], A[route * E + channel1]};
         in.projected = projected_of(projected + u64(image) * L * PROJECTED, route, t);
         pin(in.projected);

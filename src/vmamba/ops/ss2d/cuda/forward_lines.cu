@@ -66,7 +66,7 @@ struct Inputs {
 
 struct Chunk {
     u32 x[T];
-    u32 raw[PRODUCTS][OPERANDS];
+    u32 raw[PRODUCTS][FRAGMENTS];
 
     __device__ __forceinline__ void fetch_x(const Inputs& in, u32 position) {
         u64 base = at(in.x, position, in.x_stride);
@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const bool columns = column_layouts && layout, backwards = group;
         Step weights;
         weights.load(weight, dt_bias, route, E, channel0, channel1, t);
-        const Selector selector(route, t);
+        const Selector selector(t);
         const float decay[2] = {A[route * E + channel0], A[route * E + channel1]};
         const u32 column_image = min(first_image + (lane >> 3) / LANES, last_image);
         in.projected = projected_of(projected + u64(column_image) * L * PROJECTED, route, t);

@@ -52,36 +52,24 @@ struct Output {
     }
 };
 
-// Operands of the products with a route's share of `projected`. Rows of more than 16 bytes are loaded 8 bytes a lane,
-// from a multiple of 8 bytes on: halves the rows that a load touches. Lane t then has words 2 t and 2 t + 1 of each 8,
-// which makes two operands of every 8 words.
-constexpr bool WIDE = WIDE_ROWS && ROW % 2 == 0 && PAIRS > 4;
-constexpr int LOADS = WIDE ? (PAIRS + PAIRS % 2 + 7) / 8 : FRAGMENTS;
-constexpr int OPERANDS = WIDE ? 2 * LOADS : FRAGMENTS;
-constexpr int RANK_OPERANDS = WIDE ? 2 * ((RANK + 2 * (PAIRS % 2) + 15) / 16) : RANK_FRAGMENTS;
-
-// Words between the multiple of 8 bytes and the route's own.
-__device__ __forceinline__ int words_before(int route) { return WIDE ? route * PAIRS % 2 : 0; }
-
 // Step weights times log2(e), in TERMS 16-bit parts for each operand, and the bias as the accumulators of a product.
 // That these are equal in pairs is hidden behind a product, or the assembler would make four of two for each product.
 struct Step {
-    u32 part[RANK_OPERANDS][TERMS][2];
+    u32 part[RANK_FRAGMENTS][TERMS][2];
     float accumulator[4];
 
     __device__ __forceinline__ void load(const void* weight, const float* dt_bias, int route, int E, int channel0,
                                          int channel1, int t) {
         float bias[2];
-        const int skip = 2 * words_before(route);
 #pragma unroll
         for (int row = 0; row < 2; row++) {
             const u64 line = u64(route) * E + (row ? channel1 : channel0);
             bias[row] = dt_bias[line] * LOG2E;
 #pragma unroll
-            for (int i = 0; i < RANK_OPERANDS; i++) {
-                const int slot = (WIDE ? 16 * (i / 2) + 2 * (i % 2) + 4 * t : 8 * i + 2 * t) - skip;
+            for (int i = 0; i < RANK_FRAGMENTS; i++) {
+                const int slot = 8 * i + 2 * t;
                 auto value = [&](int at) {
-                    return at >= 0 && at < RANK ? StepWeights<TERMS>::read(weight, line * RANK + at) * LOG2E : 0.f;
+                    return at < RANK ? StepWeights<TERMS>::read(weight, line * RANK + at) * LOG2E : 0.f;
                 };
                 float low = value(slot), high = value(slot + 1);
 #pragma unroll
@@ -98,7 +86,7 @@ struct Step {
 
     // d = log2(e) (W r + bias) for 16 channels x 8 positions. Tensor cores truncate where they add: for a float32 result
     // the smallest parts go first and the bias is added last.
-    __device__ __forceinline__ void apply(float (&d)[4], const u32 (&raw)[OPERANDS]) const {
+    __device__ __forceinline__ void apply(float (&d)[4], const u32 (&raw)[FRAGMENTS]) const {
         if (EXACT) {
             d[0] = d[1] = d[2] = d[3] = 0.f;
         } else {
@@ -109,16 +97,16 @@ struct Step {
         for (int term = TERMS - 1; term >= 0; term--) {
             // Two operands share a product with one part of their weights ...
 #pragma unroll
-            for (int i = 0; i + 1 < RANK_OPERANDS; i += 2) {
+            for (int i = 0; i + 1 < RANK_FRAGMENTS; i += 2) {
                 const u32(&low)[2] = part[i][term], (&high)[2] = part[i + 1][term];
                 mma_k16(d, low[0], low[1], high[0], high[1], raw[i], raw[i + 1], d[0], d[1], d[2], d[3]);
             }
             // ... and one left over has one with two parts.
-            constexpr int I = RANK_OPERANDS - 1;
-            if (RANK_OPERANDS % 2 && term == 2) {
+            constexpr int I = RANK_FRAGMENTS - 1;
+            if (RANK_FRAGMENTS % 2 && term == 2) {
                 mma_k8(d, part[I][TERMS - 1][0], part[I][TERMS - 1][1], raw[I], d[0], d[1], d[2], d[3]);
             }
-            if (RANK_OPERANDS % 2 && term == 0) {
+            if (RANK_FRAGMENTS % 2 && term == 0) {
                 mma_k16(d, part[I][1][0], part[I][1][1], part[I][0][0], part[I][0][1], raw[I], raw[I], d[0], d[1], d[2],
                         d[3]);
             }
@@ -132,65 +120,51 @@ struct Step {
 
 // A product with unit vectors hands every lane B (d[0], d[1]) and C (d[2], d[3]) of the positions it owns, as float32.
 struct Selector {
-    u32 b[2], c[2];  // for the operand that holds B, or the even one of a pair and the odd one
+    u32 b, c;
 
-    __device__ __forceinline__ Selector(int route, int t) {
-        const int slot = RANK + 2 * words_before(route), next = slot + 1;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int first = WIDE ? 4 * t + 2 * i : 2 * t;  // slot, in its block, of the lane's lower half
-            const int at_b = (WIDE ? slot % 16 : slot % 8) - first, at_c = (WIDE ? next % 16 : next % 8) - first;
-            b[i] = pack(at_b == 0 ? 1.f : 0.f, at_b == 1 ? 1.f : 0.f);
-            c[i] = pack(at_c == 0 ? 1.f : 0.f, at_c == 1 ? 1.f : 0.f);
-            pin(b[i]);
-            pin(c[i]);
-        }
+    __device__ __forceinline__ explicit Selector(int t) {
+        constexpr int SLOT = RANK % 8, NEXT = (RANK + 1) % 8;
+        b = pack(2 * t == SLOT ? 1.f : 0.f, 2 * t + 1 == SLOT ? 1.f : 0.f);
+        c = pack(2 * t == NEXT ? 1.f : 0.f, 2 * t + 1 == NEXT ? 1.f : 0.f);
+        pin(b);
+        pin(c);
     }
 
-    __device__ __forceinline__ void apply(float (&d)[4], const u32 (&raw)[OPERANDS]) const {
-        if (WIDE) {
-            constexpr int I = 2 * (RANK / 16);
-            mma_k16(d, b[0], c[0], b[1], c[1], raw[I], raw[I + 1], 0.f, 0.f, 0.f, 0.f);
-        } else if (RANK % 8 == 7) {
-            mma_k16(d, b[0], 0u, 0u, c[0], raw[RANK / 8], raw[OPERANDS - 1], 0.f, 0.f, 0.f, 0.f);
+    __device__ __forceinline__ void apply(float (&d)[4], const u32 (&raw)[FRAGMENTS]) const {
+        constexpr int I = RANK / 8;
+        if (RANK % 8 == 7) {
+            mma_k16(d, b, 0u, 0u, c, raw[I], raw[FRAGMENTS - 1], 0.f, 0.f, 0.f, 0.f);
         } else {
-            mma_k8(d, b[0], c[0], raw[RANK / 8], 0.f, 0.f, 0.f, 0.f);
+            mma_k8(d, b, c, raw[I], 0.f, 0.f, 0.f, 0.f);
         }
     }
 };
 
 // Address of what a lane loads of a route's share, at the map's first position.
 __device__ __forceinline__ u64 projected_of(const u16* projected, int route, int t) {
-    return reinterpret_cast<u64>(projected + route * ROW) - 4 * words_before(route) + (WIDE ? 8 : 4) * t;
+    return reinterpret_cast<u64>(projected + route * ROW) + 4 * t;
 }
 
-__device__ __forceinline__ void load_operands(u32 (&raw)[OPERANDS], u64 row, int t) {
+__device__ __forceinline__ void load_operands(u32 (&raw)[FRAGMENTS], u64 row, int t) {
 #pragma unroll
-    for (int i = 0; i < LOADS; i++) {
-        if (WIDE) {
-            uint2 two = make_uint2(0u, 0u);
-            if (8 * i + 7 < PAIRS || 8 * i + 2 * t < PAIRS + PAIRS % 2) two = load_64(row + 32 * i);
-            raw[2 * i] = two.x;
-            raw[(2 * i + 1) % OPERANDS] = two.y;
-        } else {
-            const int pair = 4 * i + t;
-            u32 word = 0;
-            if (4 * i + 3 < PAIRS || pair < PAIRS) {
-                if (ROW % 2 == 0) {
-                    word = load_32(row + 16 * i);
-                } else {
-                    word = load_16(row + 16 * i);
-                    if (2 * pair + 1 < ROW) word |= load_16(row + 16 * i + 2) << 16;
-                }
+    for (int i = 0; i < FRAGMENTS; i++) {
+        const int pair = 4 * i + t;
+        u32 word = 0;
+        if (4 * i + 3 < PAIRS || pair < PAIRS) {
+            if (ROW % 2 == 0) {
+                word = load_32(row + 16 * i);
+            } else {
+                word = load_16(row + 16 * i);
+                if (2 * pair + 1 < ROW) word |= load_16(row + 16 * i + 2) << 16;
             }
-            raw[i] = word;
         }
+        raw[i] = word;
     }
 }
 
 // The step sizes before softplus (into a), B (into b) and what holds C, of the positions a lane owns.
 __device__ __forceinline__ void project(const Step& step, const Selector& selector,
-                                        const u32 (&raw)[PRODUCTS][OPERANDS], float (&a)[T][2], float (&b)[T][2],
+                                        const u32 (&raw)[PRODUCTS][FRAGMENTS], float (&a)[T][2], float (&b)[T][2],
                                         float (&c)[T]) {
 #pragma unroll
     for (int j = 0; j < PRODUCTS; j++) {
