@@ -22,7 +22,7 @@ from vmamba.models.vmamba import VMamba, VSSBlock
 from vmamba.ops import ss2d_scan
 from vmamba.ops.convolution.api import conv_norm, depthwise_silu
 from vmamba.ops.layer_norm.api import add_norm
-from vmamba.ops.linear.api import HIDDEN_STEP, linear_gelu, norm_linear, norm_mlp, split_channels, why_not
+from vmamba.ops.linear.api import HIDDEN_STEP, can_split, linear_gelu, norm_linear, norm_mlp, why_not
 
 if TYPE_CHECKING:
     from vmamba.models.config import VMambaConfig
@@ -80,14 +80,6 @@ def _unsupported(config: "VMambaConfig") -> str | None:
     return None
 
 
-def _is_narrow(channels: int) -> bool:
-    try:
-        split_channels(channels)
-    except ValueError:
-        return False
-    return channels <= _NARROW
-
-
 class _Folded(nn.Module):
     """W·diag(γ) and b + W β of a norm and the linear layer after it."""
 
@@ -96,7 +88,7 @@ class _Folded(nn.Module):
         wide = weight.detach().float()
         shift = wide @ norm.bias.detach().float()
         self.eps = norm.eps
-        self.narrow = _is_narrow(wide.shape[1])
+        self.narrow = wide.shape[1] <= _NARROW and can_split(wide.shape[1])
         self.register_buffer("weight", (wide * norm.weight.detach().float()).to(dtype).contiguous())
         self.register_buffer("bias", shift if bias is None else shift + bias.detach().float())
 

@@ -1,6 +1,6 @@
 """The small layers of VMamba, all on channels-last maps (B, H, W, C)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -152,7 +152,7 @@ class Mlp(nn.Module):
             not self.gated
             and tuple(type(part) for part in parts) == (nn.Linear, nn.GELU, nn.Linear)
             and isinstance(self.drop, nn.Identity)
-            and not any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts)
+            and not _have_hooks(parts)
         )
 
 
@@ -196,8 +196,13 @@ def _is_first_layer(layers: Sequence[Any]) -> bool:
         return False
     conv = layers[0]
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    hooks = any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in layers)
-    return geometry == ((3, 3), (2, 2), (1, 1), (1, 1), 1, "zeros") and conv.bias is not None and not hooks
+    known = ((3, 3), (2, 2), (1, 1), (1, 1), 1, "zeros")
+    return geometry == known and conv.bias is not None and not _have_hooks(layers)
+
+
+def _have_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether somebody listens to modules, who would hear nothing where one kernel does their work."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
 
 
 def make_stem(

@@ -26,6 +26,15 @@ def split_channels(channels: int) -> tuple[int, int]:
     return high, low
 
 
+def can_split(channels: int) -> bool:
+    """Whether `split_channels` takes a width."""
+    try:
+        split_channels(channels)
+    except ValueError:
+        return False
+    return True
+
+
 def norm_linear(
     x: Tensor,
     weight: Tensor,

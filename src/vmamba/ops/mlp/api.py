@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmamba.ops.linear.api import HIDDEN_STEP, split_channels, why_not
+from vmamba.ops.linear.api import HIDDEN_STEP, can_split, split_channels, why_not
 from vmamba.ops.operator import operator
 
 _WIDEST = 192  # channels; wider products are bound by arithmetic, where cuBLAS is faster
@@ -17,13 +17,8 @@ _WIDEST = 192  # channels; wider products are bound by arithmetic, where cuBLAS 
 
 def takes_mlp(x: Tensor, hidden: int) -> bool:
     """Whether `mlp` can run on (..., D) and pays there."""
-    if x.shape[-1] > _WIDEST or hidden % HIDDEN_STEP or why_not(x) is not None:
-        return False
-    try:
-        split_channels(x.shape[-1])
-    except ValueError:
-        return False
-    return True
+    D = x.shape[-1]
+    return D <= _WIDEST and hidden % HIDDEN_STEP == 0 and why_not(x) is None and can_split(D)
 
 
 def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:

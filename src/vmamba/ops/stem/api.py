@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmamba.ops.linear.api import split_channels, why_not
+from vmamba.ops.linear.api import can_split, split_channels, why_not
 from vmamba.ops.operator import operator
 
 _MOST_CHANNELS = 15  # of the image: with more, one product a tap is the better cut
@@ -20,11 +20,7 @@ def takes_first_layer(x: Tensor, dtype: torch.dtype, channels: int) -> bool:
     """Whether `first_layer` can run on images brought to a dtype, with so many channels of the result."""
     if x.requires_grad or x.shape[1] > _MOST_CHANNELS or why_not(x.new_empty(0, dtype=dtype)) is not None:
         return False
-    try:
-        split_channels(channels)
-    except ValueError:
-        return False
-    return channels <= 128
+    return channels <= 128 and can_split(channels)
 
 
 def first_layer(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, *, eps: float = 1e-5) -> Tensor:
