@@ -1,5 +1,8 @@
 """Inputs for the operations of `vmamba.ops`, and one way to run them with gradients."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +22,20 @@ class Result(NamedTuple):
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+@pytest.fixture
+def pass_interpreted() -> Callable[..., None]:
+    """Run files of tests in Triton's interpreter, which must be chosen before Triton is imported, and see them pass."""
+
+    def check(*files: str) -> None:
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+        assert " passed" in run.stdout
+
+    return check
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The fused products: in Triton's interpreter on tiny inputs, and on a GPU against float64."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -18,14 +16,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 
 @outside
-def test_kernels_in_the_interpreter() -> None:
+def test_kernels_in_the_interpreter(pass_interpreted: Callable[..., None]) -> None:
     pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    files = [__file__, __file__.replace("linear", "convolution")]
-    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    pass_interpreted(__file__, __file__.replace("linear", "convolution"))
 
 
 def check(

@@ -1,8 +1,6 @@
 """The MLP of narrow maps with its gradients: the kernel in Triton's interpreter, and on a GPU against float64."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -22,13 +20,9 @@ NAMES = ("x", "w1", "b1", "w2", "b2")
 
 
 @outside
-def test_kernels_in_the_interpreter() -> None:
+def test_kernels_in_the_interpreter(pass_interpreted: Callable[..., None]) -> None:
     pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    pass_interpreted(__file__)
 
 
 def draw(M: int, D: int, hidden: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -1,8 +1,6 @@
 """The Triton kernels on tiny inputs in Triton's interpreter, which needs no GPU but a process of its own."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -24,12 +22,8 @@ SMALL = Launch(positions=8, channels=32, states=2, chunk=16, registers=0)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_kernels_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+def test_kernels_in_the_interpreter(pass_interpreted: Callable[..., None]) -> None:
+    pass_interpreted(__file__)
 
 
 def _ss2d_inputs(B: int, L: int, E: int, K: int, R: int, N: int, dtype: torch.dtype) -> list[torch.Tensor]:
