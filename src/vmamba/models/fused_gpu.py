@@ -27,7 +27,8 @@ from vmamba.ops.linear.api import HIDDEN_STEP, can_split, linear_gelu, norm_line
 if TYPE_CHECKING:
     from vmamba.models.config import VMambaConfig
 
-_NARROW = 256  # the most channels whose rows fit in a tile beside the weights
+_ROW = 256  # the most channels whose rows fit in a tile beside the weights
+_NARROW = 192  # the most channels of the map for products to be bound by memory
 
 
 def fuse_for_gpu(model: VMamba, dtype: torch.dtype = torch.bfloat16) -> "FusedVMamba":
@@ -88,7 +89,7 @@ class _Folded(nn.Module):
         wide = weight.detach().float()
         shift = wide @ norm.bias.detach().float()
         self.eps = norm.eps
-        self.narrow = wide.shape[1] <= _NARROW and can_split(wide.shape[1])
+        self.narrow = min(wide.shape) <= _NARROW and wide.shape[1] <= _ROW and can_split(wide.shape[1])
         self.register_buffer("weight", (wide * norm.weight.detach().float()).to(dtype).contiguous())
         self.register_buffer("bias", shift if bias is None else shift + bias.detach().float())
 

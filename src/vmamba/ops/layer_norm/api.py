@@ -109,7 +109,8 @@ def _normalise(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out
     y, mean, rstd = torch.native_layer_norm(x.float(), gamma.shape, gamma.float(), beta.float(), eps)
     ctx.save_for_backward(x, gamma, mean, rstd)
     ctx.beta_dtype = beta.dtype
-    return y.to(out_dtype)
+    # The compiler of torch 2.11 loses all gradients of a function that ends in a conversion to the dtype it has.
+    return y if y.dtype == out_dtype else y.to(out_dtype)
 
 
 def _differentiate(ctx: Any, dy: Tensor, skip: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -111,7 +111,7 @@ def backward(
     """Compute the gradients of filters [9·C, N], bias, γ and β [N] in float32; dy is [B, OH, OW, N], x [B, C, H, W]."""
     B, C, H, W = x.shape
     _, OH, OW, N = dy.shape
-    rows, warps, programs_each = tile or (64, 4, 4)
+    rows, warps, programs_each = tile or (64, 4, 2)
     step, M = max(triton.next_power_of_2(9 * C), 16), B * OH * OW
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     programs = min(triton.cdiv(M, rows), programs_each * processors)
