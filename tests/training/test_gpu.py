@@ -18,10 +18,11 @@ def run(data, folder, **options):
     return train(recipe(data, folder, device="cuda", augmentation=plain, optimizer=fast, **options), quiet())
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [None, "default", "reduce-overhead"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_learns(colours, tmp_path, precision, compiled):
-    result = run(colours, tmp_path / "run", epochs=4, precision=precision, compile=compiled)
+    options = {"compile": True, "compile_mode": compiled} if compiled else {}
+    result = run(colours, tmp_path / "run", epochs=4, precision=precision, **options)
     assert result.report.top1 == 1.0
     losses = [record["train_loss"] for record in result.folder.read_metrics() if record["kind"] == "epoch"]
     assert losses[-1] < losses[0]

@@ -34,6 +34,9 @@ def test_a_recipe_survives_yaml(tmp_path):
         ({"held_out": 1.0}, "held_out must lie between 0 and 1"),
         ({"img_size": 16}, "img_size must be 32 or more"),
         ({"seed": -1}, "seed must be 0 or more"),
+        ({"compile_mode": "reduce-overhead"}, "add --compile true"),
+        ({"compile": True, "compile_mode": "reduce-overhead", "accumulate": 2}, "default with --accumulate above 1"),
+        ({"compile": True, "compile_mode": "max-autotune", "parallel": "fsdp"}, "or --parallel fsdp"),
     ],
 )
 def test_impossible_values_are_refused(options, message):

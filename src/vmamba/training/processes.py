@@ -17,6 +17,7 @@ from accelerate.utils import (
     DynamoBackend,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    TorchDynamoPlugin,
     gather_object,
 )
 from torch import Tensor, nn
@@ -89,7 +90,9 @@ def make_accelerator(recipe: RunOptions, device: str, blocks: tuple[str, ...] = 
         mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
         log_with=list(recipe.trackers) or None,
         project_config=ProjectConfiguration(logging_dir="."),  # the run folder, as soon as there is one
-        dynamo_backend=DynamoBackend.INDUCTOR if recipe.compile else DynamoBackend.NO,
+        dynamo_plugin=TorchDynamoPlugin(
+            backend=DynamoBackend.INDUCTOR if recipe.compile else DynamoBackend.NO, mode=recipe.compile_mode
+        ),
         fsdp_plugin=plugin,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=patience),

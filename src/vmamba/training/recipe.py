@@ -174,6 +174,8 @@ class RunOptions:
         device: cpu, cuda, or auto for the best there is.
         parallel: How several processes share the work: ddp copies the model to each, fsdp divides it among them.
         compile: Compile the model with torch.compile.
+        compile_mode: What --compile aims at. reduce-overhead records an update's kernels as CUDA graphs: a GPU then
+            no longer waits for the processor, which can take half of an update; ddp and one part a batch only.
         gradient_checkpointing: Recompute the insides of blocks in the backward pass, to save memory.
         workers: Processes that read images, for each process that trains; -1 picks by the data.
         log_every: Updates between two readings of the loss.
@@ -194,6 +196,7 @@ class RunOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     gradient_checkpointing: bool = False
     workers: int = -1
     log_every: int = 10
@@ -207,6 +210,13 @@ class RunOptions:
             ("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("workers", -1), ("log_every", 1), ("seed", 0),
         ):  # fmt: skip
             _require(getattr(self, name) >= lowest, f"{name} must be {lowest} or more, not {getattr(self, name)}")
+        if self.compile_mode != "default":
+            _require(self.compile, f"--compile_mode {self.compile_mode} says how to compile: add --compile true")
+            _require(
+                self.accumulate == 1 and self.parallel == "ddp",
+                f"--compile_mode {self.compile_mode} uses the memory of gradients again in the next part of a batch;"
+                " take --compile_mode default with --accumulate above 1 or --parallel fsdp",
+            )
         if self.parallel == "fsdp":
             _require(
                 not self.optimizer.ema_decay,
@@ -259,7 +269,7 @@ class Recipe(RunOptions):
 # What may differ between a run and its continuation: where and how long it runs, not what it computes.
 CHANGEABLE_ON_RESUME = (
     "epochs", "output", "resume", "device", "workers", "log_every", "trackers", "checkpoints", "guards",
-    "accumulate", "compile", "gradient_checkpointing", "parallel",
+    "accumulate", "compile", "compile_mode", "gradient_checkpointing", "parallel",
 )  # fmt: skip
 
 

@@ -197,9 +197,10 @@ def _restore(run: Run) -> None:
 def _introduce(run: Run) -> None:
     recipe, processes = run.recipe, run.together.processes
     shared = f", {processes} processes ({recipe.parallel})" if processes > 1 else ""
+    compiled = f", compiled ({recipe.compile_mode})" if recipe.compile else ""
     lines = [
         *run.task.introduction(),
-        ("device", f"{run.together.device}, {recipe.precision}{', compiled' if recipe.compile else ''}{shared}"),
+        ("device", f"{run.together.device}, {recipe.precision}{compiled}{shared}"),
         ("folder", str(run.folder.path)),
     ]
     for word, sentence in lines:
