@@ -150,7 +150,7 @@ def whole_branch(M: int, D: int) -> None:
     wide, hidden = x[:CHECKED].double(), F.linear(x, w1)
     exact = wide + mlp_reference(F.layer_norm(wide, (D,)), *(t.double() for t in (w1, b1, w2, b2)))
     parts = {
-        "add and norm": lambda: layer_norm.add_norm(x, x, b2, 1e-5),
+        "add and norm": lambda: layer_norm.add_norm(x, x, b2, None, 1e-5, 1e-5),
         "cuBLAS with gelu": lambda: torch._addmm_activation(low, x, w1.t(), use_gelu=True),
         "linear": lambda: F.linear(hidden, w2),
     }
@@ -173,7 +173,8 @@ def norms(M: int, D: int) -> None:
     runs: dict[str, tuple[Callable[[], Any], int]] = {
         "backward, residual": (lambda: layer_norm.backward(dy, dy, x, mean, rstd, gamma), 8),
         "backward": (lambda: layer_norm.backward(dy, None, x, mean, rstd, gamma), 6),
-        "add_norm": (lambda: layer_norm.add_norm(x, dy, gamma, 1e-5), 8),
+        "add_norm": (lambda: layer_norm.add_norm(x, dy, gamma, None, 1e-5, 1e-5), 8),
+        "add_norm, source": (lambda: layer_norm.add_norm(x, dy, gamma, dy, 1e-5, 1e-5), 10),
     }
     for name, (run, width) in runs.items():
         ms = milliseconds(run)

@@ -59,14 +59,15 @@ def test_kernel(shape: tuple[int, ...], skip: bool, assert_accurate: Callable[..
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the test above starts")
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-@pytest.mark.parametrize(("M", "D"), [(37, 20), (5, 32)])
-def test_add_norm_kernel(M: int, D: int, assert_accurate: Callable[..., None]) -> None:
+@pytest.mark.parametrize(("M", "D", "E"), [(37, 20, 0), (5, 32, 0), (9, 20, 40)])
+def test_add_norm_kernel(M: int, D: int, E: int, assert_accurate: Callable[..., None]) -> None:
     from vmamba.ops.layer_norm.triton_kernels import add_norm_kernel
 
     x, (bias, _), (branch, _) = make((M, D), "cpu")
     total, y = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
-    add_norm_kernel[(-(-M // 4),)](x, branch, bias, total, y, M, 1e-5, D, 4, 32)
-    results = [add_norm_reference(*(t.to(kind) for t in (x, branch, bias))) for kind in (torch.float64, torch.float32)]
+    tensors = [x, branch, bias, *([2 * torch.randn(M, E) + 1] if E else [])]
+    add_norm_kernel[(-(-M // 4),)](*tensors[:3], tensors[-1], total, y, M, 1e-5, 1e-5, D, E, 4, 32, 64)
+    results = [add_norm_reference(*(t.to(kind) for t in tensors)) for kind in (torch.float64, torch.float32)]
     for name, ours, exact, plain in zip(["sum", "norm"], (total, y), *results, strict=True):
         assert_accurate(ours, plain, exact, name)
 
@@ -78,6 +79,8 @@ def test_add_norm_says_what_is_wrong() -> None:
         add_norm(x, branch, bias)
     with pytest.raises(ValueError, match="branch and bias must be"):
         add_norm(x, branch[:2], bias)
+    with pytest.raises(ValueError, match="source must be"):
+        add_norm(x, branch, bias, branch[:2])
 
 
 @pytest.mark.gpu
@@ -85,11 +88,13 @@ def test_add_norm_says_what_is_wrong() -> None:
 @pytest.mark.parametrize("shape", [(1, 8), (2, 7, 7, 384), (1025, 768), (3, 1000), (25088, 512), (9, 3000)])
 def test_add_norm_on_the_gpu(shape: tuple[int, ...], dtype: torch.dtype, assert_accurate: Callable[..., None]) -> None:
     x, (bias, _), (branch, _) = make(shape, "cuda")
-    tensors = x.to(dtype), branch.to(dtype), bias
-    ours = add_norm(*tensors)
-    results = [add_norm_reference(*(t.to(kind) for t in tensors)) for kind in (torch.float64, dtype)]
-    for name, actual, exact, plain in zip(["sum", "norm"], ours, *results, strict=True):
-        assert_accurate(actual, plain, exact, name)
+    wide = 2 * torch.randn(*shape[:-1], 2 * shape[-1], device="cuda") + 1
+    for source in ([], [wide.to(dtype)]):
+        tensors = [x.to(dtype), branch.to(dtype), bias, *source]
+        ours = add_norm(*tensors)
+        results = [add_norm_reference(*(t.to(kind) for t in tensors)) for kind in (torch.float64, dtype)]
+        for name, actual, exact, plain in zip(["sum", "norm"], ours, *results, strict=True):
+            assert_accurate(actual, plain, exact, name)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")

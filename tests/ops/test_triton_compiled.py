@@ -88,7 +88,8 @@ for kernel, warps, stages, constants in (
     (convolution.depthwise_silu_kernel, 1, 2, {"C": 96, "BIAS": False, "ROWS": 14, "BW": 8, "BC": 64}),
     (convolution.conv_norm_kernel, 4, 2, {"CIN": 3, "N0": 32, "N1": 16, "ACT_GELU": True, "BM": 64, "BK": 32}),
     (layer_norm.layer_norm_bwd_kernel, 4, 2, {"D": 96, "SKIP": True, "BM": 16, "BD": 128}),
-    (layer_norm.add_norm_kernel, 4, 2, {"D": 384, "BM": 4, "BD": 512}),
+    (layer_norm.add_norm_kernel, 4, 2, {"D": 384, "E": 0, "BM": 4, "BD": 512, "BE": 1}),
+    (layer_norm.add_norm_kernel, 4, 2, {"D": 384, "E": 768, "BM": 4, "BD": 512, "BE": 1024}),
     (layer_norm.layer_norm_sums_kernel, 4, 2, {"D": 96, "BP": 64, "BD": 32}),
 ):
     kinds = {"w1_ptr": "bf16", "w2_ptr": "bf16", "y_ptr": "bf16", "residual_ptr": "bf16", "dx_ptr": "bf16"}

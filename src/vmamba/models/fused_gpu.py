@@ -3,8 +3,8 @@
 `fuse_for_gpu` makes a new module; the model it came from stays as it is. What is done, and only where it was measured
 to pay (docs/performance.md): the affine part of each norm goes into the linear layer after it; on narrow maps, where
 products are bound by memory, norm, product and residual are one kernel and so is the whole MLP; on wide maps a branch
-is added to the residual by the norm that follows; the first layers of the stem are one kernel each; the scan gives its
-result in 16 bits.
+is added to the residual by the norm that follows, which also does what is left of the norm after the scan; the first
+layers of the stem are one kernel each; the scan gives its result in 16 bits.
 """
 
 import copy
@@ -82,7 +82,10 @@ def _unsupported(config: "VMambaConfig") -> str | None:
 
 
 class _Folded(nn.Module):
-    """W·diag(γ) and b + W β of a norm and the linear layer after it."""
+    """W·diag(γ), its rows less their mean, and b + W β of a norm and the linear layer after it.
+
+    With such rows what is left of the norm is one number a row of the map, 1/σ: the product takes the mean out itself.
+    """
 
     def __init__(self, norm: LayerNorm, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -90,8 +93,10 @@ class _Folded(nn.Module):
         shift = wide @ norm.bias.detach().float()
         self.eps = norm.eps
         self.narrow = min(wide.shape) <= _NARROW and wide.shape[1] <= _ROW and can_split(wide.shape[1])
-        self.register_buffer("weight", (wide * norm.weight.detach().float()).to(dtype).contiguous())
-        self.register_buffer("bias", shift if bias is None else shift + bias.detach().float())
+        scaled = wide * norm.weight.detach().float()
+        self.register_buffer("weight", (scaled - scaled.mean(1, keepdim=True)).to(dtype).contiguous())
+        shift = shift if bias is None else shift + bias.detach().float()
+        self.register_buffer("bias", shift if self.narrow else shift.to(dtype))  # as cuBLAS takes it
 
     weight: Tensor
     bias: Tensor
@@ -104,7 +109,7 @@ class _Folded(nn.Module):
         """Norm, product, residual."""
         if self.narrow:
             return norm_linear(x, self.weight, self.bias, residual, eps=self.eps)
-        y = F.linear(self.normed(x), self.weight, self.bias.to(x.dtype))
+        y = F.linear(self.normed(x), self.weight, self.bias)
         return y if residual is None else residual + y
 
 
@@ -135,7 +140,7 @@ class FusedBlock(nn.Module):
             "A": A.float(),
             "D": D.float(),
             "fc2_weight": mlp.fc2.weight.to(dtype),
-            "fc2_bias": mlp.fc2.bias.float(),
+            "fc2_bias": mlp.fc2.bias.float() if self.fc1.narrow else mlp.fc2.bias.to(dtype),
         }
         for name, tensor in buffers.items():
             self.register_buffer(name, None if tensor is None else tensor.detach().clone().contiguous())
@@ -165,9 +170,10 @@ class FusedBlock(nn.Module):
 
     def forward_wide(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Map x and its norm to x after the first branch, and the second branch without `fc2_bias`."""
-        branch = self._scan(F.linear(normed, self.in_proj.weight, self.in_proj.bias.to(x.dtype)))
-        branch = F.linear(self.out_proj.normed(branch), self.out_proj.weight)
-        x, normed = add_norm(x, branch, self.out_proj.bias, eps=self.fc1.eps)
+        scanned = self._scan(F.linear(normed, self.in_proj.weight, self.in_proj.bias))
+        out_proj = self.out_proj
+        branch = F.linear(scanned, out_proj.weight)
+        x, normed = add_norm(x, branch, out_proj.bias, scanned, eps=self.fc1.eps, source_eps=out_proj.eps)
         return x, self._mlp(normed)
 
     def _scan(self, u: Tensor) -> Tensor:

@@ -54,14 +54,27 @@ def skip_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: tor
     return x, _plain(x, gamma, beta, eps, out_dtype)
 
 
-def add_norm(x: Tensor, branch: Tensor, bias: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor,
+    branch: Tensor,
+    bias: Tensor,
+    source: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    source_eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual and normalise the sum, without affine part: for inference on GPUs with Triton.
+
+    A linear layer on a norm needs no pass for the norm: its mean goes into the weights (each row of W less its mean);
+    its deviation, one number a row, divides the result, and that is done here.
 
     Args:
         x: (..., D).
         branch: (..., D), of x's dtype.
         bias: (D), added too.
-        eps: added to the variance.
+        source: (..., E), of x's dtype: the branch is divided by the deviation √(var + source_eps) of these rows first.
+        eps: added to the variance of the sum.
+        source_eps: added to the variance of the source.
 
     Returns:
         x + branch + bias, rounded once, and the norm of what was rounded: (..., D) each, of x's dtype.
@@ -74,23 +87,35 @@ def add_norm(x: Tensor, branch: Tensor, bias: Tensor, *, eps: float = 1e-5) -> t
             f"add_norm: branch and bias must be {tuple(x.shape)} of {x.dtype} and {tuple(x.shape[-1:])}, "
             f"got {tuple(branch.shape)} of {branch.dtype} and {tuple(bias.shape)}"
         )
+    if source is not None and (source.shape[:-1] != x.shape[:-1] or source.dtype != x.dtype):
+        raise ValueError(
+            f"add_norm: source must be {(*x.shape[:-1], 'E')} of {x.dtype}, got {tuple(source.shape)} of {source.dtype}"
+        )
     if not (x.is_cuda and _HAS_TRITON):
         raise ValueError(f"add_norm runs on GPUs with Triton; the tensors are on {x.device}")
-    total, y = _add_norm(x, branch, bias, eps)
+    total, y = _add_norm(x, branch, bias, source, eps, source_eps)
     return total, y
 
 
 @operator("vmamba::add_norm")
-def _add_norm(x: Tensor, branch: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _add_norm(
+    x: Tensor, branch: Tensor, bias: Tensor, source: Tensor | None, eps: float, source_eps: float
+) -> tuple[Tensor, Tensor]:
     from vmamba.ops.layer_norm import triton_kernels
 
-    x_rows, branch_rows = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, branch))
-    total, y = triton_kernels.add_norm(x_rows, branch_rows, bias.contiguous(), eps)
+    x_rows, branch_rows, source_rows = (
+        None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (x, branch, source)
+    )
+    assert x_rows is not None
+    assert branch_rows is not None
+    total, y = triton_kernels.add_norm(x_rows, branch_rows, bias.contiguous(), source_rows, eps, source_eps)
     return total.view(x.shape), y.view(x.shape)
 
 
 @_add_norm.register_fake
-def _(x: Tensor, branch: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, branch: Tensor, bias: Tensor, source: Tensor | None, eps: float, source_eps: float
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 

@@ -16,15 +16,24 @@ from triton.language import constexpr
 
 @triton.jit
 def add_norm_kernel(
-    x_ptr, branch_ptr, bias_ptr, sum_ptr, y_ptr, M, eps, D: constexpr, BM: constexpr, BD: constexpr,
+    x_ptr, branch_ptr, bias_ptr, source_ptr, sum_ptr, y_ptr, M, eps, source_eps,
+    D: constexpr, E: constexpr, BM: constexpr, BD: constexpr, BE: constexpr,
 ):  # fmt: skip
-    """BM rows of x + branch + bias, rounded, and of their norm."""
+    """BM rows of x + branch + bias, rounded, and of their norm; if E > 0, with the branch over source's deviation."""
     o_d, o_m = tl.arange(0, BD), tl.program_id(0) * BM + tl.arange(0, BM)
     m_d = (o_d < D)[None, :]
     m = (o_m < M)[:, None] & m_d
     offset = o_m.to(tl.int64)[:, None] * D + o_d[None, :]
     b_sum = tl.load(x_ptr + offset, mask=m, other=0.0).to(tl.float32)
-    b_sum += tl.load(branch_ptr + offset, mask=m, other=0.0).to(tl.float32)
+    b_branch = tl.load(branch_ptr + offset, mask=m, other=0.0).to(tl.float32)
+    if E > 0:
+        o_e = tl.arange(0, BE)
+        m_e = (o_m < M)[:, None] & (o_e < E)[None, :]
+        p_source = source_ptr + o_m.to(tl.int64)[:, None] * E + o_e[None, :]
+        b_s = tl.load(p_source, mask=m_e, other=0.0).to(tl.float32)
+        b_s = tl.where(m_e, b_s - (tl.sum(b_s, 1) / E)[:, None], 0.0)
+        b_branch *= tl.rsqrt(tl.sum(b_s * b_s, 1) / E + source_eps)[:, None]
+    b_sum += b_branch
     b_sum += tl.load(bias_ptr + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
     b_low = b_sum.to(sum_ptr.dtype.element_ty)
     tl.store(sum_ptr + offset, b_low, mask=m)
@@ -83,15 +92,18 @@ def layer_norm_sums_kernel(partial_ptr, dgamma_ptr, dbeta_ptr, P, D: constexpr, 
     tl.store(dbeta_ptr + o_d, b_total, mask=o_d < D * which)
 
 
-def add_norm(x: Tensor, branch: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Compute x + branch + bias and its norm without affine part, [M, D] each, in x's dtype."""
-    M, D = x.shape
-    width = triton.next_power_of_2(D)
+def add_norm(
+    x: Tensor, branch: Tensor, bias: Tensor, source: Tensor | None, eps: float, source_eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute `vmamba.ops.layer_norm.api.add_norm` of x and branch [M, D] and source [M, E] on their GPU."""
+    (M, D), E = x.shape, 0 if source is None else source.shape[1]
+    width, source_width = triton.next_power_of_2(D), triton.next_power_of_2(max(E, 1))
     rows = max(1, min(16, 2048 // width))
+    warps = 4 if rows * max(width, source_width) <= 4096 else 8
     total, y = torch.empty_like(x), torch.empty_like(x)
     with torch.cuda.device_of(x):
         add_norm_kernel[(triton.cdiv(M, rows),)](
-            x, branch, bias, total, y, M, eps, D, rows, width, num_warps=4 if rows * width <= 2048 else 8
+            x, branch, bias, source, total, y, M, eps, source_eps, D, E, rows, width, source_width, num_warps=warps
         )
     return total, y
 
