@@ -154,7 +154,9 @@ def quality(arguments, rows):
         optimizer=OptimizerOptions(lr=3e-4, min_lr=0.0, warmup_lr=1e-7, warmup_epochs=0.4, weight_decay=0.01),
         trackers=(),
     )
-    for name, make_task in ((arguments.model, SegmentationTask), (SWIN, SwinTask)):
+    networks = {arguments.model: SegmentationTask, SWIN: SwinTask}
+    for name in arguments.networks or networks:
+        make_task = networks[name]
         folder = arguments.output / name
         options = dataclasses.replace(recipe, output=str(folder))
         began = time.perf_counter()
@@ -256,6 +258,7 @@ def main():
     parser.add_argument("--held_out", type=int, default=200)
     parser.add_argument("--updates", type=int, default=1600)
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--networks", nargs="+", help="of the part quality; by default --model and Swin-T")
     parser.add_argument("--parts", nargs="+", default=["step", "large", "quality"])
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
