@@ -61,7 +61,7 @@ PLANS: tuple[tuple[Case, tuple[Plan, ...]], ...] = (
         Case("stage 4", 128, 7, 7, 768, 48),
         (LinePlan(7, 1, 4, 2, 3), LinePlan(7, 1, 4, 1, 6)),
     ),
-    (Case("14x14, E 96", 2675, 14, 14, 96, 6), (LinePlan(14, 1, 2, 2, 3), LinePlan(7, 1, 2, 2, 4))),
+    (Case("14x14, E 96", 2675, 14, 14, 96, 6), (LinePlan(14, 1, 2, 2, 3, 0), LinePlan(14, 1, 2, 2, 3), LinePlan(7, 1, 2, 2, 4))),
     (Case("28x28, E 96", 668, 28, 28, 96, 6), (LinePlan(14, 2, blocks=3), LinePlan(7, 2, blocks=4))),
     (Case("one image", 1, 56, 56, 96, 6), ()),
 )

@@ -26,6 +26,7 @@ PLANS = {
     "table, odd channels, rank 7, float16": (7, 33, f16, f32, f32, TablePlan(8, 2, blocks=4)),
     "lines": (12, 192, bf16, f32, bf16, LinePlan(14, 2, blocks=3)),
     "lines, high rank": (24, 384, bf16, f32, bf16, LinePlan(14, 1, quad=2, teams=2, blocks=3, ahead=0)),
+    "lines, two images, odd span": (6, 96, bf16, f32, bf16, LinePlan(7, 1, quad=2, teams=2, blocks=4)),
     "lines, four images, odd span": (48, 768, bf16, f32, f32, LinePlan(7, 1, quad=4, teams=2, blocks=3)),
 }
 CLUSTERS = {
@@ -195,6 +196,7 @@ SHAPES = [
     (5, 7, 7, 40, 48),
     (2, 13, 9, 17, 5),
     (2, 14, 14, 144, 24),
+    (3, 14, 14, 40, 6),
     (3, 28, 28, 32, 12),
     (1, 31, 33, 33, 15),
     (1, 56, 56, 24, 6),

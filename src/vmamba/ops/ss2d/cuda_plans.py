@@ -104,7 +104,7 @@ class TablePlan(NamedTuple):
     @property
     def files(self) -> tuple[str, ...]:
         """Files that make the source, in order."""
-        return "common.cuh", "forward.cu"
+        return "common.cuh", "forward_parts.cuh", "forward.cu"
 
     @property
     def threads(self) -> int:
@@ -308,19 +308,20 @@ def _table_plan(problem: Problem, device: Device) -> TablePlan:
 def _line_plan(problem: Problem) -> LinePlan | None:
     """Give the plan for maps whose sides have a common span; each choice below is the fastest of those measured."""
     common = math.gcd(problem.height, problem.width)
-    for largest, spans, make in _LINE_PLANS:
-        for span in spans if problem.length <= largest else ():
+    for largest, highest, spans, make in _LINE_PLANS:
+        for span in spans if problem.length <= largest and problem.rank <= highest else ():
             if common % span == 0:
                 return make._replace(span=span)
     return None
 
 
-# The most positions, the spans to try, the plan.
+# The most positions, the highest rank, the spans to try, the plan.
 _LINE_PLANS = (
-    (64, (7, 8), LinePlan(7, 1, quad=4, teams=2, blocks=3)),
-    (400, (14, 10, 8), LinePlan(14, 1, quad=2, teams=2, blocks=3, ahead=0)),
-    (1600, (14, 10, 8), LinePlan(14, 2, blocks=3)),
-    (10**9, (8, 10, 14), LinePlan(8, 8)),
+    (64, 64, (7, 8), LinePlan(7, 1, quad=4, teams=2, blocks=3)),
+    (200, 6, (7,), LinePlan(7, 1, quad=2, teams=2, blocks=4)),
+    (400, 64, (14, 10, 8), LinePlan(14, 1, quad=2, teams=2, blocks=3, ahead=0)),
+    (1600, 64, (14, 10, 8), LinePlan(14, 2, blocks=3)),
+    (10**9, 64, (8, 10, 14), LinePlan(8, 8)),
 )
 
 

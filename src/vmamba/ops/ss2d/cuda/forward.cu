@@ -11,14 +11,11 @@
 //   STAGED      1: the block first copies its images' projections, which all teams read, into shared memory
 //   APART       1: few blocks: a cluster of four blocks, one for each route, each with a map of its own, added up last
 
-constexpr bool EXACT = OUT == 0;
-constexpr int TERMS = (BF16 && EXACT) ? 3 : 2;
 constexpr int CHUNK = 4 * T;
 constexpr int STEP = CHUNK * WARPS;  // positions of a route that its group handles at a time
 constexpr int GROUPS = APART ? 1 : 2;
 constexpr int THREADS = 32 * TEAMS * GROUPS * WARPS;
 constexpr u32 FIRST = 1, OUTSIDE = 2;  // flags in the low bits of a slot
-constexpr int SLOT_BYTES = 64;
 static_assert(CHUNK <= 32 && (T & (T - 1)) == 0, "a chunk's table has one entry a lane");
 
 struct Shared {
@@ -109,7 +106,7 @@ constexpr bool AHEAD = FRAGMENTS <= 2 && !STAGED;
 
 struct Chunk {
     u32 x[T];
-    u32 raw[T / 2][FRAGMENTS];
+    u32 raw[PRODUCTS][FRAGMENTS];
 
     __device__ __forceinline__ void fetch_x(const Inputs& in, u32 positions, int lane) {
 #pragma unroll
@@ -150,41 +147,6 @@ struct Chunk {
     __device__ __forceinline__ void fetch(const Inputs& in, u32 positions, int lane) {
         if (AHEAD) fetch_projected(in, positions, lane);
         fetch_x(in, positions, lane);
-    }
-};
-
-struct Output {
-    u64 y;           // address, at this image and lane's channels
-    u32 y_stride;    // bytes a position
-    float skip[2];   // D summed over the routes
-    bool valid[2];   // whether the lane's channels exist
-
-    __device__ __forceinline__ void set_skip(const float* D, int E, int channel0, int channel1) {
-        skip[0] = skip[1] = 0.f;
-        for (int k = 0; k < 4; k++) {
-            skip[0] += D[k * E + channel0];
-            skip[1] += D[k * E + channel1];
-        }
-    }
-
-    __device__ __forceinline__ void write(u32 position, float v0, float v1) const {
-        const u64 p = at(y, position, y_stride);
-        if (OUT == 0) {
-            if (EVEN_E) {
-                if (valid[0]) asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(v0), "f"(v1) : "memory");
-            } else {
-                if (valid[0]) asm volatile("st.global.f32 [%0], %1;" ::"l"(p), "f"(v0) : "memory");
-                if (valid[1]) asm volatile("st.global.f32 [%0], %1;" ::"l"(p + 4), "f"(v1) : "memory");
-            }
-        } else {
-            const u32 both = pack_as<OUT == 1>(v0, v1);
-            if (EVEN_E) {
-                if (valid[0]) asm volatile("st.global.b32 [%0], %1;" ::"l"(p), "r"(both) : "memory");
-            } else {
-                if (valid[0]) asm volatile("st.global.b16 [%0], %1;" ::"l"(p), "h"(u16(both)) : "memory");
-                if (valid[1]) asm volatile("st.global.b16 [%0], %1;" ::"l"(p + 2), "h"(u16(both >> 16)) : "memory");
-            }
-        }
     }
 };
 
@@ -237,37 +199,6 @@ __device__ __forceinline__ void merge(const float (&a)[T][2], const float (&b)[T
     }
 }
 
-// The step sizes before softplus (into a), B (into b) and C of the positions a lane owns.
-__device__ __forceinline__ void project(const StepWeights<TERMS>& weights, const InputOutputSelector& selector,
-                                        const Chunk& chunk, float (&a)[T][2], float (&b)[T][2], float (&c)[T]) {
-#pragma unroll
-    for (int j = 0; j < T / 2; j++) {
-        float d[4], bc[4];
-        weights.apply(d, chunk.raw[j]);
-        selector.apply(bc, chunk.raw[j]);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            a[2 * j + i][0] = d[i];
-            a[2 * j + i][1] = d[2 + i];
-            b[2 * j + i][0] = bc[i];
-            c[2 * j + i] = bc[2 + i];
-        }
-    }
-}
-
-// h and product of lanes 0..t of four, in place.
-__device__ __forceinline__ void join_lanes(float& h, float& product) {
-#define JOIN(DISTANCE)                                                                                               \
-    asm("{.reg .pred p; .reg .f32 before, factor;"                                                                   \
-        " shfl.sync.up.b32 before|p, %0, " DISTANCE ", 0x1c00, 0xffffffff;"                                          \
-        " shfl.sync.up.b32 factor|p, %1, " DISTANCE ", 0x1c00, 0xffffffff;"                                          \
-        " @p fma.rn.ftz.f32 %0, %1, before, %0; @p mul.rn.ftz.f32 %1, %1, factor;}"                                  \
-        : "+f"(h), "+f"(product))
-    JOIN("1");
-    JOIN("2");
-#undef JOIN
-}
-
 #if APART
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -310,25 +241,6 @@ __device__ __forceinline__ void merge_blocks(const Reader& reader, const u16* x,
     }
 }
 #endif
-
-// From step sizes to decays and inputs, and the recurrence over a lane's positions from a zero state.
-__device__ __forceinline__ void scan_lane(float (&a)[T][2], float (&b)[T][2], const u32 (&x)[T],
-                                          const float (&decay)[2], float (&product)[2], float (&h)[2]) {
-#pragma unroll
-    for (int i = 0; i < T; i++) {
-        const float in0 = b[i][0] * unpack_low(x[i]), in1 = b[i][0] * unpack_high(x[i]);
-        const float s0 = softplus2<EXACT>(a[i][0]), s1 = softplus2<EXACT>(a[i][1]);
-        a[i][0] = ex2(s0 * decay[0]);
-        a[i][1] = ex2(s1 * decay[1]);
-        b[i][0] = s0 * in0;
-        b[i][1] = s1 * in1;
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            product[k] *= a[i][k];
-            h[k] = fmaf(a[i][k], h[k], b[i][k]);
-        }
-    }
-}
 
 // Wait until the other direction is through with the chunks that cover the one at `start`, as far as it comes first.
 // Chunks are counted on from map to map; `before` were counted in earlier ones.
@@ -380,8 +292,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int team = warp / (GROUPS * WARPS), group = warp / WARPS % GROUPS, rank = warp % WARPS;
     Shared::Team& own = shared.team[team];
     for (int i = threadIdx.x; i < TEAMS; i += THREADS) {
-        for (int j = 0; j < GROUPS * WARPS; j++) barrier_init(&shared.team[i].link[0][j], 1);
-        for (int j = 0; j < 2 * WARPS; j++) shared.team[i].done[0][j] = 0;
+        for (int j = 0; j < GROUPS * WARPS; j++) barrier_init(&shared.team[i].link[j / WARPS][j % WARPS], 1);
+        for (int j = 0; j < 2 * WARPS; j++) shared.team[i].done[j / WARPS][j % WARPS] = 0;
         shared.team[i].whole[0] = shared.team[i].whole[1] = 0;
     }
 
@@ -424,11 +336,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (u32 layout = 0; layout < (APART ? 1 : 2); layout++) {
         const int route = APART ? blockIdx.x % 4 : layout + 2 * group;
         const bool columns = column_layouts && (route & 1), backwards = route & 2;
-        StepWeights<TERMS> weights;
+        Step weights;
         weights.load(weight, dt_bias, route, E, channel0, channel1, t);
-        InputOutputSelector selector(t);
-        pin(selector.b);
-        pin(selector.c);
+        const Selector selector(t);
         const float decay[2] = {A[route * E + channel0], A[route * E + channel1]};
 
         for (u32 turn = 0; turn < images; turn++) {
@@ -460,15 +370,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
                 for (int i = 0; i < T; i++) xs[i] = next.x[i];
                 if (!AHEAD) next.fetch_projected(in, positions, lane);
-                project(weights, selector, next, a, b, c);
+                project(weights, selector, next.raw, a, b, c);
                 buffer ^= CHUNK * 4;
                 if (q + WARPS < chunks) {
                     tabulate(buffer);
                     next.fetch(in, positions0 + buffer, lane);
                 }
-                scan_lane(a, b, xs, decay, product, h);
-                join_lanes(h[0], product[0]);
-                join_lanes(h[1], product[1]);
+                scan_lane<false, false>(a, b, xs, decay, product, h);
+                join_lanes<4>(h[0], product[0]);
+                join_lanes<4>(h[1], product[1]);
 
                 if (WARPS > 1 && q > 0) {
                     barrier_wait(link_in, link_parity);

@@ -169,8 +169,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     Shared::Team& own = shared.team[team];
     for (int i = threadIdx.x; i < TEAMS; i += THREADS) {
         for (int j = 0; j < 2 * WARPS; j++) {
-            barrier_init(&shared.team[i].link[0][j], 1);
-            shared.team[i].done[0][j] = 0;
+            barrier_init(&shared.team[i].link[j / WARPS][j % WARPS], 1);
+            shared.team[i].done[j / WARPS][j % WARPS] = 0;
         }
         shared.team[i].whole[0] = shared.team[i].whole[1] = 0;
     }
@@ -198,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     pin(out.y);
     out.valid[0] = channel < E && exists;
     out.valid[1] = channel + 1 < E && exists;
-    out.set_skip(D, E, channel0, channel1);
+    out.skip[0] = out.skip[1] = 0.f;
 
     const u32 chunks = (L + CHUNK - 1) / CHUNK;
     // Where the two directions of a layout meet: group 0 comes first before it, group 1 after it.
@@ -212,10 +212,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (u32 layout = 0; layout < 2; layout++) {
         const int route = layout + 2 * group;
         const bool columns = column_layouts && layout, backwards = group;
-        Step weights;
-        weights.load(weight, dt_bias, route, E, channel0, channel1, t);
-        const Selector selector(t);
-        const float decay[2] = {A[route * E + channel0], A[route * E + channel1]};
         const u32 column_image = min(first_image + (lane >> 3) / LANES, last_image);
         in.projected = projected_of(projected + u64(column_image) * L * PROJECTED, route, t);
         pin(in.projected);
@@ -234,6 +230,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         Chunk next;
         if (AHEAD >= 1) next.fetch_projected(in, product_position(), lane);
         if (AHEAD >= 2) next.fetch_x(in, position);
+        // These wait for memory too; the first chunk is under way by then.
+        Step weights;
+        weights.load(weight, dt_bias, route, E, channel0, channel1, t);
+        const Selector selector(t);
+        const float decay[2] = {A[route * E + channel0], A[route * E + channel1]};
+        if (layout == 1) out.set_skip(D, E, channel0, channel1);
         float incoming[2] = {0.f, 0.f};
         bool passed = false;
         for (u32 q = rank; q < chunks; q += WARPS) {
@@ -322,7 +324,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             } else {
                 merge<MIXED_FINISH>(a, b, c, h, xs, slots, target, y_step, out, first, inside);
             }
-            if (start < border) count_set(&own.done[group][rank], layout * chunks + q + 1, lane);
+            // A signal waits for all that the warp has written; who asks, asks for the last ones before the border first.
+            if (start < border && start + WARPS * CHUNK >= border) {
+                count_set(&own.done[group][rank], layout * chunks + q + 1, lane);
+            }
         }
         count_set(&own.done[group][rank], (layout + 1) * chunks, lane);
         count_up(&own.whole[group], lane);

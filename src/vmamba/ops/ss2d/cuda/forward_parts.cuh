@@ -118,25 +118,10 @@ struct Step {
     }
 };
 
-// A product with unit vectors hands every lane B (d[0], d[1]) and C (d[2], d[3]) of the positions it owns, as float32.
-struct Selector {
-    u32 b, c;
-
-    __device__ __forceinline__ explicit Selector(int t) {
-        constexpr int SLOT = RANK % 8, NEXT = (RANK + 1) % 8;
-        b = pack(2 * t == SLOT ? 1.f : 0.f, 2 * t + 1 == SLOT ? 1.f : 0.f);
-        c = pack(2 * t == NEXT ? 1.f : 0.f, 2 * t + 1 == NEXT ? 1.f : 0.f);
+struct Selector : InputOutputSelector {
+    __device__ __forceinline__ explicit Selector(int t) : InputOutputSelector(t) {
         pin(b);
         pin(c);
-    }
-
-    __device__ __forceinline__ void apply(float (&d)[4], const u32 (&raw)[FRAGMENTS]) const {
-        constexpr int I = RANK / 8;
-        if (RANK % 8 == 7) {
-            mma_k16(d, b, 0u, 0u, c, raw[I], raw[FRAGMENTS - 1], 0.f, 0.f, 0.f, 0.f);
-        } else {
-            mma_k8(d, b, c, raw[I], 0.f, 0.f, 0.f, 0.f);
-        }
     }
 };
 
