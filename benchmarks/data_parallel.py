@@ -105,6 +105,7 @@ def speed(kind: type, data: Path, arguments: argparse.Namespace, processes: int,
         output=str(output / kind.__name__),
         precision="bf16" if torch.cuda.is_available() else "fp32",
         compile=arguments.compile,
+        compile_mode=arguments.compile_mode,
         parallel=arguments.parallel,
         workers=arguments.workers,
         log_every=10,
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="images a process computes at once")
     parser.add_argument("--workers", type=int, default=15)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile_mode", default="default", help="as of `vmamba train`")
     parser.add_argument("--parallel", default="ddp")
     parser.add_argument("--skip", default="", help="any of made, decoded, gradients")
     parser.add_argument("--compare", type=Path)
