@@ -26,13 +26,12 @@ PLANS: tuple[tuple[Case, tuple[Plan, ...]], ...] = (
         Case("detection", 4, 200, 200, 192, 6),
         (
             ClusterPlan(10, 7, 16),
-            ClusterPlan(10, 7, 16, ahead=0),
             ClusterPlan(8, 7, 16),
-            ClusterPlan(8, 7, 16, ahead=2),
+            ClusterPlan(4, 7, 16, depth=2),
         ),
     ),
-    (Case("64x64", 128, 64, 64, 96, 6), (ClusterPlan(8, 7, 2), ClusterPlan(8, 7, 2, ahead=2), ClusterPlan(8, 7, 4))),
-    (Case("112x112", 41, 112, 112, 96, 6), (ClusterPlan(8, 7, 8), ClusterPlan(8, 7, 8, ahead=2))),
+    (Case("64x64", 128, 64, 64, 96, 6), (ClusterPlan(8, 7, 2), ClusterPlan(4, 7, 2, depth=2))),
+    (Case("112x112", 41, 112, 112, 96, 6), (ClusterPlan(8, 7, 8), ClusterPlan(4, 7, 8, depth=2))),
     (Case("65x97", 8, 65, 97, 192, 6), ()),
     (Case("300x20", 8, 300, 20, 192, 6), ()),
     (
@@ -61,7 +60,7 @@ PLANS: tuple[tuple[Case, tuple[Plan, ...]], ...] = (
         Case("stage 4", 128, 7, 7, 768, 48),
         (LinePlan(7, 1, 4, 2, 3), LinePlan(7, 1, 4, 1, 6)),
     ),
-    (Case("14x14, E 96", 2675, 14, 14, 96, 6), (LinePlan(14, 1, 2, 2, 3, 0), LinePlan(14, 1, 2, 2, 3), LinePlan(7, 1, 2, 2, 4))),
+    (Case("14x14, E 96", 2675, 14, 14, 96, 6), (LinePlan(14, 1, 2, 2, 3, 0), LinePlan(14, 1, 2, 2, 3))),
     (Case("28x28, E 96", 668, 28, 28, 96, 6), (LinePlan(14, 2, blocks=3), LinePlan(7, 2, blocks=4))),
     (Case("one image", 1, 56, 56, 96, 6), ()),
 )

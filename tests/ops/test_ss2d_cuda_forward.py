@@ -32,6 +32,7 @@ PLANS = {
 CLUSTERS = {
     "routes apart": (6, 96, bf16, f32, f32, TablePlan(8, 16, apart=True)),
     "cluster": (6, 96, bf16, f32, bf16, ClusterPlan(10, 7, 16)),
+    "cluster, two chunks under way": (6, 192, bf16, f32, bf16, ClusterPlan(4, 7, 16, depth=2)),
     "cluster, ragged, odd channels": (7, 33, f16, f32, f32, ClusterPlan(8, 7, 2, ragged=True)),
 }
 

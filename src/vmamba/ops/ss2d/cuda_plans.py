@@ -229,6 +229,7 @@ class ClusterPlan(NamedTuple):
         cluster: Blocks that share a map.
         ragged: Whether a side of the map is no multiple of the span.
         ahead: What is loaded one chunk ahead: 0 nothing, 1 projections, 2 the map too.
+        depth: Chunks that a warp has under way: with 2 it scans the next one before it adds up the sums of one.
     """
 
     span: int
@@ -236,6 +237,7 @@ class ClusterPlan(NamedTuple):
     cluster: int
     ragged: bool = False
     ahead: int = 1
+    depth: int = 1
 
     @property
     def kernel(self) -> str:
@@ -260,6 +262,7 @@ class ClusterPlan(NamedTuple):
             ("CLUSTER", self.cluster),
             ("RAGGED", int(self.ragged)),
             ("AHEAD", self.ahead),
+            ("DEPTH", self.depth),
         )
 
     def grid(self, problem: Problem) -> int:
@@ -276,12 +279,17 @@ class ClusterPlan(NamedTuple):
 
     def fixed_bytes(self) -> int:
         """Shared memory for `struct Shared`."""
-        return _round_up(2 * _round_up(self.warps * (128 + 64) + 2 * self.cluster * 128 + 36, 16), 128)
+        chunks, blocks = self.depth * self.warps * (128 + 64), (self.depth + 1) * self.cluster * 128
+        return _round_up(2 * _round_up(chunks + blocks + 8 * (3 * self.depth + 1) + 4, 16), 128)
 
     def shared_bytes(self, problem: Problem) -> int:
         """Dynamic shared memory of a block."""
-        slot = _SLOT_BYTES + (0 if problem.float32_result else _REST_BYTES)
-        return self.fixed_bytes() + self.geometry(problem)[0] * slot
+        sums = self.fixed_bytes() + self.geometry(problem)[0] * _SLOT_BYTES
+        if problem.float32_result:
+            return sums
+        tiles = -(-problem.height // self.span) * (-(-problem.width // self.span) | 1)
+        # Tiles are set apart, so that neighbours begin in other banks.
+        return sums + -(-tiles // self.cluster) * (self.span**2 + 1) * _REST_BYTES
 
 
 Plan = TablePlan | LinePlan | ClusterPlan
@@ -330,14 +338,19 @@ def _cluster_plan(problem: Problem, device: Device) -> ClusterPlan | None:
     plans = []
     for span in (10, 8, 6, 4, 2):
         ragged = problem.width % span > 0 or (problem.columns and problem.height % span > 0)
-        fitting = [ClusterPlan(span, 7, cluster, ragged) for cluster in (2, 4, 8, 16)]
+        # Only the largest clusters wait so long for their joiners that a second chunk under way pays.
+        fitting = [
+            ClusterPlan(span, 7, cluster, ragged, depth=2 if span == 4 and cluster == 16 else 1)
+            for cluster in (2, 4, 8, 16)
+        ]
         fitting = [plan for plan in fitting if plan.shared_bytes(problem) <= device.block_shared]
         filling = [plan for plan in fitting if plan.grid(problem) >= device.multiprocessors]
         plans += filling[:1] or fitting[-1:]
 
     def cost(plan: ClusterPlan) -> float:
         # A position costs about so much more where spans are short, and where line ends are looked after.
-        return plan.geometry(problem)[0] * plan.cluster * (1 + 4 / plan.span) * (1.1 if plan.ragged else 1)
+        short = 1.28 if plan.depth == 2 else 1 + 4 / plan.span
+        return plan.geometry(problem)[0] * plan.cluster * short * (1.1 if plan.ragged else 1)
 
     return min(plans, key=cost, default=None)
 
