@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmamba.ops.convolution.api import depthwise_silu, takes_depthwise
 from vmamba.ops.layer_norm.api import layer_norm, skip_norm
 from vmamba.ops.mlp.api import mlp, takes_mlp
 from vmamba.ops.stem.api import first_layer, takes_first_layer
@@ -93,6 +94,18 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, H, W, C)."""
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def convolve_activate(x: Tensor, conv: nn.Module | None, act: nn.Module) -> Tensor:
+    """Convolve (B, H, W, C), if there is a convolution, and activate; on a GPU in 16 bits in one kernel."""
+    if conv is None:
+        return act(x)
+    known = isinstance(conv, DepthwiseConv2d) and conv.kernel_size == (3, 3) and type(act) is nn.SiLU
+    if known and takes_depthwise(x) and not _have_hooks((conv, act)):
+        weight: Any = conv.weight
+        return depthwise_silu(x, weight[:, 0].permute(1, 2, 0), conv.bias)  # type: ignore[arg-type]
+    y: Tensor = act(conv(x))
+    return y
 
 
 class SpatialSoftmax(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vmamba.models.config import Activation, OutNorm, resolve_dt_rank
 from vmamba.models.initialization import init_dt_A_D
-from vmamba.models.layers import ACTIVATIONS, DepthwiseConv2d, LayerNorm, SpatialSoftmax
+from vmamba.models.layers import ACTIVATIONS, DepthwiseConv2d, LayerNorm, SpatialSoftmax, convolve_activate
 from vmamba.ops import cross_merge, cross_scan, selective_scan, ss2d_scan
 
 
@@ -103,9 +103,7 @@ class SS2D(nn.Module):
         if self.gated:
             x, z = x.chunk(2, dim=-1)
             z = self.gate_act(z)
-        if self.conv2d is not None:
-            x = self.conv2d(x)
-        x = self.act(x)
+        x = convolve_activate(x, self.conv2d, self.act)
         y = self._cascade(x) if self.routes == "cascade2d" else self._scan(x)
         norm = self.out_norm
         y = self.out_act(norm.rounded(y, x.dtype) if isinstance(norm, LayerNorm) else norm(y).to(x.dtype))
