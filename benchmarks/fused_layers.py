@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
@@ -210,6 +211,13 @@ def norms(M: int, D: int) -> None:
     for name, (run, width) in runs.items():
         ms = milliseconds(run)
         print(f"norm {name}, {M} x {D}: {ms:.4f} ms, {width * M * D / ms / 1e9:.2f} TB/s", flush=True)
+    most = max(1, 2048 // triton.next_power_of_2(D))
+    tiles = [(most, 4, 4), (most, 4, 8), (most, 4, 16), (max(1, most // 2), 4, 8), (max(1, most // 4), 1, 16)]
+    tiles += [(max(1, most // 4), 1, 32), (max(1, most // 2), 2, 16), (2 * most, 8, 4), (2 * most, 4, 4)]
+    for skip in (dy, None):
+        exact = layer_norm.backward(dy, skip, x, mean, rstd, gamma)
+        run = lambda tile, skip=skip: layer_norm.backward(dy, skip, x, mean, rstd, gamma, tile)  # noqa: E731
+        compare(f"norm's backward, {M} x {D}", "residual" if skip is not None else "", run, tiles, exact)
 
 
 def named(parts: dict[str, Callable[[], Any]]) -> str:

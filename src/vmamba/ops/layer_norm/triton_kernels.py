@@ -109,18 +109,25 @@ def add_norm(
 
 
 def backward(
-    dy: Tensor, skip: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor
+    dy: Tensor,
+    skip: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    tile: tuple[int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of x [M, D] (with `skip` added), γ and β [D], both float32."""
     M, D = x.shape
     width = triton.next_power_of_2(D)
-    rows = max(1, min(16, 2048 // width))
-    programs = min(triton.cdiv(M, rows), 4 * torch.cuda.get_device_properties(x.device).multi_processor_count)
+    rows, warps, programs_each = tile or (max(1, min(16, 2048 // width)), 4, 4)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    programs = min(triton.cdiv(M, rows), programs_each * processors)
     dx = torch.empty_like(x)
     partial = torch.empty(programs, 2, D, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         layer_norm_bwd_kernel[(programs,)](
-            dy, skip, x, mean, rstd, gamma, dx, partial, M, D, skip is not None, rows, width, num_warps=4
+            dy, skip, x, mean, rstd, gamma, dx, partial, M, D, skip is not None, rows, width, num_warps=warps
         )
         dgamma, dbeta = (torch.empty(D, dtype=torch.float32, device=x.device) for _ in range(2))
         layer_norm_sums_kernel[(2 * triton.cdiv(D, 32),)](partial, dgamma, dbeta, programs, D, 64, 32, num_warps=4)
