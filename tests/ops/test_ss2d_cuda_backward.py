@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from vmamba.ops import nvrtc
+from vmamba.ops import nvrtc, ss2d_scan
 from vmamba.ops.ss2d import cuda_backward
-from vmamba.ops.ss2d.reference import ss2d_scan_reference
 
 bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
 SHARED = {"H200": 232448, "A100": 166912, "RTX 4090": 101376}
@@ -24,7 +23,7 @@ VARIANTS = {  # rank, dtype, dtype of dt_weight, of dy, channels, positions, rou
 
 def compiled(rank, dtype, weight_dtype, dy_dtype, channels, length, routes, capability, **replaced):
     items = cuda_backward.operand_items(rank, dtype, weight_dtype)
-    plan = cuda_backward.plan_backward(length, rank, items, SHARED["H200"])
+    plan = cuda_backward.plan_backward(length, rank, items, SHARED["H200"], dy_dtype)
     defines = dict(cuda_backward.backward_defines(rank, dtype, weight_dtype, dy_dtype, channels, routes, plan))
     return nvrtc.compile_cubin(cuda_backward.source(), capability, tuple((defines | replaced).items()), use_cache=False)
 
@@ -43,6 +42,23 @@ def test_compiles_with_sums_in_a_fixed_order():
 
 
 @needs_compiler
+def test_compiles_with_blocks_that_share_a_map():
+    plan = {"CLUSTER": 16, "DY32": 0}
+    assert compiled(*VARIANTS["large map"], (9, 0), **plan) != compiled(*VARIANTS["large map"], (9, 0))
+
+
+@needs_compiler
+@pytest.mark.parametrize("rank", [1, 6, 7, 24, 48])
+@pytest.mark.parametrize("length", [49, 56 * 56])
+def test_both_sides_count_the_same_bytes(rank, length):
+    items = cuda_backward.operand_items(rank, bf16, f32)
+    plan = cuda_backward.plan_backward(length, rank, items, SHARED["H200"], f32)
+    size = cuda_backward.stage_bytes(rank, plan.span, plan.spill, f32)
+    with pytest.raises(nvrtc.CompilationError, match="static assertion"):
+        compiled(rank, bf16, f32, f32, 32, length, "cross2d", (9, 0), STAGE_BYTES=size + 16)
+
+
+@needs_compiler
 def test_both_sides_count_the_same_operands():
     items = cuda_backward.operand_items(15, bf16, f32)
     with pytest.raises(nvrtc.CompilationError, match="static assertion"):
@@ -58,10 +74,32 @@ def test_plans_fit_the_multiprocessor(limit, rank):
         plan = cuda_backward.plan_backward(length, rank, items, limit)
         assert plan.blocks * (plan.shared_bytes + 1024) <= limit + 1024
         assert 1 <= plan.warps * plan.blocks <= 12  # at 168 registers a thread
+        assert plan.cluster == 1
         assert plan.chunks * 4 * plan.span >= length
         assert plan.spill <= plan.team
         if not plan.spill:
             assert plan.shared_bytes >= (1 if plan.team else plan.warps) * length * 64
+
+
+@pytest.mark.parametrize(
+    ("shape", "cluster"),
+    [
+        ((128, 56 * 56, 96, 6), 1),
+        ((1, 56 * 56, 96, 6), 16),
+        ((4, 200 * 200, 192, 6), 16),
+        ((42, 112 * 112, 96, 6), 4),
+        ((1, 28 * 28, 192, 12), 1),
+    ],
+    ids=str,
+)
+def test_blocks_share_a_map_where_maps_are_large_and_few(shape, cluster):
+    batch, length, channels, rank = shape
+    items, maps = cuda_backward.operand_items(rank, bf16, f32), batch * channels // 16
+    plan = cuda_backward.plan_backward(length, rank, items, SHARED["H200"], bf16, maps, 132)
+    assert plan.cluster == cluster
+    assert plan.blocks * (plan.shared_bytes + 1024) <= SHARED["H200"] + 1024
+    assert plan.chunks * 4 * plan.span >= length
+    assert cuda_backward.plan_backward(length, rank, items, SHARED["A100"], bf16, maps, 0).cluster == 1
 
 
 @pytest.mark.parametrize("length", [28 * 28, 14 * 14])
@@ -103,16 +141,16 @@ def gpu_inputs(ss2d_inputs, shape, dtype, weight_dtype, dy_dtype):
     return inputs, torch.randn(batch, height * width, channels).to(dy_dtype).cuda()
 
 
-def reference_grads(inputs, dy, shape, routes, dtype):
+def reference_grads(inputs, dy, shape, routes, dtype, backend):
     leaves = [t.to(dtype).requires_grad_() for t in inputs]
-    y = ss2d_scan_reference(*leaves, height=shape[1], width=shape[2], routes=routes)
+    y = ss2d_scan(*leaves, height=shape[1], width=shape[2], routes=routes, out_dtype=dtype, backend=backend)
     return torch.autograd.grad(y, leaves, dy.to(y.dtype))
 
 
-def check(assert_accurate, inputs, dy, shape, routes):
+def check(assert_accurate, inputs, dy, shape, routes, backend="reference"):
     grads = cuda_backward.backward(dy, *inputs, shape[1], shape[2], routes, True)
-    exact = reference_grads(inputs, dy, shape, routes, torch.float64)
-    plain = reference_grads(inputs, dy, shape, routes, torch.float32)
+    exact = reference_grads(inputs, dy, shape, routes, torch.float64, backend)
+    plain = reference_grads(inputs, dy, shape, routes, torch.float32, backend)
     for name, grad, same, truth, tensor in zip(NAMES, grads, plain, exact, inputs, strict=True):
         assert grad.dtype == tensor.dtype
         assert_accurate(grad, same.to(tensor.dtype), truth, name)
@@ -123,6 +161,20 @@ def check(assert_accurate, inputs, dy, shape, routes):
 def test_gradients(shape, ss2d_inputs, assert_accurate, nan_filled_memory):
     inputs, dy = gpu_inputs(ss2d_inputs, shape, bf16, bf16, bf16)
     check(assert_accurate, inputs, dy, shape, "cross2d")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(5, 56, 56, 96, 6), (64, 28, 28, 16, 12), (128, 7, 7, 64, 48)], ids=str)
+def test_sums_over_many_images(shape, ss2d_inputs, assert_accurate, nan_filled_memory):
+    inputs, dy = gpu_inputs(ss2d_inputs, shape, bf16, f32, bf16)
+    check(assert_accurate, inputs, dy, shape, "cross2d", "chunked")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 200, 200, 32, 6), (1, 56, 56, 96, 6), (3, 67, 41, 64, 5)], ids=str)
+def test_maps_that_blocks_share(shape, ss2d_inputs, assert_accurate, nan_filled_memory):
+    inputs, dy = gpu_inputs(ss2d_inputs, shape, bf16, f32, bf16)
+    check(assert_accurate, inputs, dy, shape, "cross2d", "chunked")
 
 
 @pytest.mark.gpu
@@ -142,7 +194,9 @@ def test_gradients_along_other_routes(shape, routes, ss2d_inputs, assert_accurat
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(8, 7, 7, 192, 48), (8, 14, 14, 96, 24), (4, 28, 28, 96, 12)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8, 7, 7, 192, 48), (8, 14, 14, 96, 24), (4, 28, 28, 96, 12), (2, 56, 56, 64, 6)], ids=str
+)
 def test_deterministic_algorithms_repeat_every_bit(shape, ss2d_inputs):
     inputs, dy = gpu_inputs(ss2d_inputs, shape, bf16, bf16, bf16)
     torch.use_deterministic_algorithms(True)

@@ -18,22 +18,28 @@ _ROUTES = {"cross2d": (1, 1), "bidi": (0, 1), "unidi": (0, 0)}  # the second lay
 _CHANNELS = 16  # of a warp's tile
 _SMALL = 256  # maps of so many positions are one warp's work
 _LARGEST = 2**26  # positions
-# Warps a block, blocks a multiprocessor, spans to choose from; twelve warps have 168 registers a thread, fewer 255.
-_LARGE_MAPS = ((4, 2, (8, 7)), (12, 1, (4,)), (4, 1, (8, 7)))
-_SMALL_MAPS = ((4, 2, (8, 7)), (2, 1, (8, 7)), (1, 1, (8, 7)))
+# Span, warps a block, blocks a multiprocessor; whether the merged map lies in the workspace; chunks staged at once.
+# Twelve warps have 168 registers a thread, eight or fewer 255. The first cut of most warps that fits is taken.
+_LARGE_MAPS = ((7, 4, 2, False, 2), (8, 4, 2, False, 2), (8, 4, 1, False, 2))
+_LARGER_MAPS = ((8, 8, 1, True, 2), (8, 4, 1, True, 2), (4, 2, 1, True, 2))
+_SMALL_MAPS = tuple((span, *cut, False, 1) for cut in ((4, 2), (2, 2), (2, 1), (1, 1)) for span in (7, 8, 4))
+_LARGEST_CLUSTER = 16
+_CLUSTERED = 5  # clusters grow until so many maps a multiprocessor would be under way: their notes take memory
 _KEPT = 16  # ranks whose sums over positions a lane has registers for
 _THREADS = 256  # of the blocks that prepare and finish
 _PREPARE_BLOCKS = 1056  # a full wave on the largest GPUs; they stride over what there is to do
 
 
 class Plan(NamedTuple):
-    """How a backward is cut up; a map is the work of a team, which is a block or, for small maps, a warp."""
+    """How a backward is cut up; a map is the work of a team: a block, a cluster of them or, for small maps, a warp."""
 
     span: int  # positions a lane takes at once
     warps: int  # of a block
     team: bool  # whether they share one map
     blocks: int  # a multiprocessor
     spill: bool  # whether the merged map lies in the workspace
+    stages: int  # chunks that a warp has staged
+    cluster: int  # blocks that share a map
     stash: bool  # whether sums of the gradient of dt_weight lie in shared memory
     pieces: int  # spans of a segment; a warp has four segments
     shared_bytes: int
@@ -42,13 +48,13 @@ class Plan(NamedTuple):
     @property
     def chunks(self) -> int:
         """What warps take at once, over a map."""
-        return self.pieces * (self.warps if self.team else 1)
+        return self.pieces * (self.warps * self.cluster if self.team else 1)
 
 
 class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "dy", "projected", "packed", "D", "dx", "dprojected", "dweight")),
-        *((name, ctypes.c_void_p) for name in ("dbias", "dA", "dD", "workspace", "turns")),
+        *((name, ctypes.c_void_p) for name in ("sums", "workspace", "turns")),
         *(
             (name, ctypes.c_int)
             for name in ("length", "channels", "channel_blocks", "chunks", "images", "maps", "pieces")
@@ -60,8 +66,8 @@ class _Problem(ctypes.Structure):
 class _Preparation(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "A", "packed")),
-        ("zero", ctypes.c_void_p * 6),
-        ("count", ctypes.c_ulonglong * 6),
+        ("zero", ctypes.c_void_p * 4),
+        ("count", ctypes.c_ulonglong * 4),
         ("channels", ctypes.c_int),
         ("channel_blocks", ctypes.c_int),
     ]
@@ -93,14 +99,45 @@ def operand_items(rank: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> i
     return tiles * (terms + back) + (rank + 1) // 16 - rank // 16 + 3
 
 
-def _cut(length: int, warps: int, spans: tuple[int, ...]) -> tuple[int, int]:
-    """Choose the span whose slots cover a map with the least left over, and the pieces of a segment."""
-    pieces = {span: -(-length // (4 * warps * span)) for span in spans}
-    span = min(pieces, key=lambda span: span * pieces[span])
-    return span, pieces[span]
+def stage_bytes(rank: int, span: int, spill: bool, dy_dtype: torch.dtype) -> int:
+    """Count the bytes of a staged chunk; as in backward_chunk.cuh."""
+    row, slots = 2 * (rank + 2), 4 * (-(-span // 4) * 4)
+    # A route's share of `projected` starts at any multiple of 4 bytes; what is copied are units of 16 that cover it.
+    units = max(-(-(route * row % 16 * (rank % 2 == 0) + row) // 16) for route in range(4))
+    return slots * (32 + 16 * dy_dtype.itemsize + 2 * 16 * (units | 1) + 64 * spill) + 1024
 
 
-def plan_backward(length: int, rank: int, items: int, shared_limit: int) -> Plan:
+def _fill_in(
+    length: int,
+    rank: int,
+    items: int,
+    dy_dtype: torch.dtype,
+    cut: tuple[int, int, int, bool, int],
+    cluster: int = 1,
+) -> Plan:
+    """Complete a row of the tables above."""
+    span, warps, blocks, spill, stages = cut
+    team = length > _SMALL
+    merged, operands = length * _CHANNELS * 4, 2 * 16 * (32 * (items - 2) + 16)
+    stashed = -(-rank // 8) * 1024 if rank > _KEPT else 0
+    sharing = warps * cluster if team else 1
+    pieces = -(-length // (4 * sharing * span))
+    shared = 16 + operands + warps * (stashed + 384 * team) + 384 * (cluster > 1)
+    shared += warps * stages * stage_bytes(rank, span, spill, dy_dtype)
+    shared += 0 if spill else merged * (1 if team else warps)
+    workspace = (pieces * 1024 * sharing + spill * merged) // 4
+    return Plan(span, warps, team, blocks, spill, stages, cluster, stashed > 0, pieces, shared, workspace)
+
+
+def plan_backward(
+    length: int,
+    rank: int,
+    items: int,
+    shared_limit: int,
+    dy_dtype: torch.dtype = torch.bfloat16,
+    maps: int = 2**31,
+    places: int = 0,
+) -> Plan:
     """Choose the cut of a backward.
 
     Args:
@@ -108,18 +145,20 @@ def plan_backward(length: int, rank: int, items: int, shared_limit: int) -> Plan
         rank: R.
         items: 16-byte operands of a lane, see `operand_items`.
         shared_limit: bytes of shared memory a block can have.
+        dy_dtype: of the gradient of the merged map, as the kernel reads it.
+        maps: blocks of 16 channels over all images.
+        places: multiprocessors that can run clusters of blocks, none before capability 9.0.
     """
-    merged, operands = length * _CHANNELS * 4, 2 * 16 * (32 * (items - 2) + 16)
-    team = length > _SMALL
-    stashed = -(-rank // 8) * 1024 if rank > _KEPT else 0
-    for spill in (False, True):
-        for warps, blocks, spans in _LARGE_MAPS[spill:] if team else _SMALL_MAPS:
-            maps = 1 if team else warps
-            span, pieces = _cut(length, warps // maps, spans)
-            needed = 16 + operands + (0 if spill else maps * merged) + warps * (stashed + 384 * team)
-            if blocks * (needed + 1024) <= shared_limit + 1024:
-                workspace = (pieces * 1024 * (warps // maps) + spill * merged) // 4
-                return Plan(span, warps, team, blocks, spill, stashed > 0, pieces, needed, workspace)
+    for cuts in (_LARGE_MAPS, _LARGER_MAPS) if length > _SMALL else (_SMALL_MAPS,):
+        cluster = 1
+        if cuts is _LARGER_MAPS:
+            while cluster < _LARGEST_CLUSTER and maps * cluster < _CLUSTERED * places:
+                cluster *= 2
+        plans = [_fill_in(length, rank, items, dy_dtype, cut, cluster) for cut in cuts]
+        plans = [plan for plan in plans if plan.blocks * (plan.shared_bytes + 1024) <= shared_limit + 1024]
+        if plans:  # the most warps of a multiprocessor, then the fewest slots
+            return min(plans, key=lambda plan: (-plan.warps * plan.blocks, plan.span * plan.pieces))
+    needed = min(_fill_in(length, rank, items, dy_dtype, cut).shared_bytes for cut in cuts)
     raise ValueError(
         f"the CUDA backward needs {needed} bytes of shared memory a block, and this GPU has {shared_limit}."
     )
@@ -151,6 +190,9 @@ def backward_defines(
         ("THREADS", 32 * plan.warps),
         ("BLOCKS", plan.blocks),
         ("OPERAND_ITEMS", operand_items(rank, dtype, weight_dtype)),
+        ("STAGES", plan.stages),
+        ("STAGE_BYTES", stage_bytes(rank, plan.span, plan.spill, dy_dtype)),
+        ("CLUSTER", plan.cluster),
     )
 
 
@@ -202,41 +244,46 @@ def backward(
             tensor.zero_()
         return dx, dprojected, sums[0].to(dt_weight.dtype), sums[1], sums[2], sums[3]
 
-    limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    device = torch.cuda.get_device_properties(x.device)
     items = operand_items(rank, x.dtype, dt_weight.dtype)
-    plan = plan_backward(length, rank, items, limit)
+    blocks = -(-channels // _CHANNELS)
+    places = device.multi_processor_count if device.major >= 9 else 0
+    plan = plan_backward(length, rank, items, device.shared_memory_per_block_optin, dy.dtype, batch * blocks, places)
     defines = backward_defines(rank, x.dtype, dt_weight.dtype, dy.dtype, channels, routes, plan)
     prepare, main, finish = (
         nvrtc.get_kernel(source(), f"ss2d_backward{name}", defines, x.device) for name in ("_prepare", "", "_finish")
     )
 
-    chunks, blocks = plan.chunks, -(-channels // _CHANNELS)
+    chunks = plan.chunks
     maps = blocks * (batch if plan.team else -(-batch // plan.warps))
-    grid = min(torch.cuda.get_device_properties(x.device).multi_processor_count * plan.blocks, maps)
+    teams = min(max(device.multi_processor_count * plan.blocks // plan.cluster, 1), maps)
+    grid = teams * plan.cluster
     columns = _ROUTES[routes][0] if height > 1 else 0
     slots = 4 * (-(-plan.span // 4) * 4)  # of a chunk
     merged = torch.empty(batch * 4 * (rank + 2) * chunks * slots, dtype=torch.float32, device=x.device)
     packed = torch.empty(4 * blocks * items * 32 * 4, dtype=torch.int32, device=x.device)
-    teams = grid if plan.team else grid * plan.warps
+    exact = torch.empty(3 * 4 * channels, dtype=torch.float64, device=x.device)
+    teams = teams if plan.team else teams * plan.warps
     workspace = torch.empty(teams * plan.workspace, dtype=torch.float32, device=x.device)
     ordered = torch.are_deterministic_algorithms_enabled()
     turns = torch.empty(1 + ordered * (2 * blocks + batch * 2 * chunks), dtype=torch.int32, device=x.device)
     dy, x, projected, dt_weight, dt_bias, A, D = (_aligned(t) for t in (dy, x, projected, dt_weight, dt_bias, A, D))
 
-    cleared = (merged, *sums, turns)
+    cleared = (merged, sums[0], exact, turns)
     preparation = _Preparation(
         *(t.data_ptr() for t in (dt_weight, dt_bias, A, packed)),
-        (ctypes.c_void_p * 6)(*(t.data_ptr() for t in cleared)),
-        (ctypes.c_ulonglong * 6)(*(t.numel() for t in cleared)),
+        (ctypes.c_void_p * 4)(*(t.data_ptr() for t in cleared)),
+        (ctypes.c_ulonglong * 4)(*(t.nbytes // 4 for t in cleared)),
         channels,
         blocks,
     )
     prepare.launch((_PREPARE_BLOCKS, 1, 1), _THREADS, [preparation])
-    pointers = (x, dy, projected, packed, D, dx, merged, *sums, workspace, turns)
+    pointers = (x, dy, projected, packed, D, dx, merged, sums[0], exact, workspace, turns)
     sizes = (length, channels, blocks, chunks, batch, maps, plan.pieces, height, width, columns)
     problem = _Problem(*(t.data_ptr() for t in pointers), *sizes)
-    main.launch((grid, 1, 1), 32 * plan.warps, [problem], shared_bytes=plan.shared_bytes)
+    main.launch((grid, 1, 1), 32 * plan.warps, [problem], shared_bytes=plan.shared_bytes, cluster=plan.cluster)
     arguments: list[nvrtc.Argument] = [merged, dprojected, length, chunks, plan.pieces, height, width, columns]
+    arguments += [exact, *sums[1:], channels]
     together = max(2048 // ((rank + 2) * slots), 1)  # chunks of a block
     finish.launch((batch * 4 * -(-chunks // together), 1, 1), _THREADS, arguments)
     return dx, dprojected, sums[0].to(dt_weight.dtype), sums[1], sums[2], sums[3]

@@ -6,7 +6,8 @@
 struct Block {
     const Problem& p;
     int image, channel_block, channel, lane, g, t, warp;
-    u64 map;  // start of the image and the lane's channels in x
+    u64 map;  // start of the image and the channels in x
+    char* stage;      // STAGES chunks of the warp
     Source source;
     uint4* operands;  // (2, OPERANDS)
     char* merged;     // (positions, 16) float32
@@ -23,18 +24,21 @@ struct Block {
         t = lane & 3;
         select = InputOutputSelector(t);
         const int index = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-        warp = TEAM ? index : 0;
-        extern __shared__ float4 shared[];
         const int warps = blockDim.x / 32;
+        const u32 rank = CLUSTER > 1 ? blockIdx.x % CLUSTER : 0;
+        warp = TEAM ? rank * warps + index : 0;
+        extern __shared__ float4 shared[];
         const u64 entries = u64(2) * p.chunks * 32, merged_size = u64(p.length) * 64;
         next = reinterpret_cast<u32*>(shared);
         joins = reinterpret_cast<float*>(shared + 1);
-        float4* rest = shared + 1 + (TEAM ? 24 * warps : 0);
+        float4* rest = shared + 1 + (TEAM ? 24 * warps + (CLUSTER > 1 ? 24 : 0) : 0);
         stash = rest + index * (2 * RANK_FRAGMENTS * 32) + lane;
         if (STASH) rest += 2 * RANK_FRAGMENTS * 32 * warps;
         operands = reinterpret_cast<uint4*>(rest);
         rest += 2 * OPERANDS;
-        const u64 team = TEAM ? blockIdx.x : blockIdx.x * warps + index;
+        stage = reinterpret_cast<char*>(rest) + index * (STAGES * STAGE);
+        rest += warps * (STAGES * STAGE / 16);
+        const u64 team = TEAM ? blockIdx.x / CLUSTER : blockIdx.x * warps + index;
         char* own = reinterpret_cast<char*>(p.workspace) + team * (entries * 16 + (SPILL ? merged_size : 0));
         table = reinterpret_cast<float4*>(own) + lane;
 #if SPILL
@@ -50,12 +54,12 @@ struct Block {
         channel_block = index % p.channel_blocks;
         if (!TEAM) image = image * (blockDim.x / 32) + threadIdx.x / 32;
         channel = 16 * channel_block + 2 * g;
-        map = u64(image) * p.length * p.channels + channel;
+        map = u64(image) * p.length * p.channels + 16 * channel_block;
         source.x_row = u32(p.channels) * 2;
         source.dy_row = u32(p.channels) * (DY32 ? 4 : 2);
         source.x = reinterpret_cast<const char*>(p.x + map);
         source.dy = reinterpret_cast<const char*>(p.dy) + map * (DY32 ? 4 : 2);
-        source.projected = reinterpret_cast<const char*>(p.projected + u64(image) * p.length * PROJECTED + 2 * t);
+        source.projected = reinterpret_cast<const char*>(p.projected + u64(image) * p.length * PROJECTED);
         pin(source.x);
         pin(source.dy);
         pin(source.projected);
@@ -65,7 +69,9 @@ struct Block {
     }
 
     __device__ __forceinline__ void sync() const {
-#if TEAM
+#if CLUSTER > 1
+        cluster_sync();
+#elif TEAM
         __syncthreads();
 #else
         __syncwarp();
@@ -77,10 +83,10 @@ struct Block {
     // Brings the operands of a pass's two routes into shared memory.
     __device__ __forceinline__ void fetch_weights(int pass) {
         if (!TEAM) __syncthreads();
-        for (int slot = 0; slot < 2; slot++) {
-            const uint4* from = p.packed + (u64(pass + 2 * slot) * p.channel_blocks + channel_block) * ITEMS * 32;
+        for (int k = 0; k < 2; k++) {
+            const uint4* from = p.packed + (u64(pass + 2 * k) * p.channel_blocks + channel_block) * ITEMS * 32;
             for (int i = threadIdx.x; i < OPERANDS; i += blockDim.x) {
-                operands[slot * OPERANDS + i] = __ldg(from + (i < CONSTANTS * 32 ? i : 4 * i - 3 * CONSTANTS * 32));
+                operands[k * OPERANDS + i] = __ldg(from + (i < CONSTANTS * 32 ? i : 4 * i - 3 * CONSTANTS * 32));
             }
         }
         __syncthreads();
@@ -100,11 +106,11 @@ struct Block {
                                                   float (&above)[2][2]) {
         const Join join[2][2] = {{Join(run[0][0], t), Join(run[0][1], t)}, {Join(run[1][0], t), Join(run[1][1], t)}};
 #if TEAM
-        const int warps = blockDim.x / 32;
+        const int warps = blockDim.x / 32, own = CLUSTER > 1 ? threadIdx.x / 32 : warp;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const Affine total = join[i / 2][i % 2].total(t);
-            float* mine = joins + (i / 2 * warps + warp) * 48 + 2 * g + i % 2;
+            float* mine = joins + (i / 2 * warps + own) * 48 + 2 * g + i % 2;
             if (t == 0) {
                 mine[0] = total.product;
                 mine[16] = total.ascending;
@@ -112,14 +118,43 @@ struct Block {
             }
         }
         __syncthreads();
+#if CLUSTER > 1
+        float* blocks = joins + 2 * warps * 48;  // what the block's warps make together, (2, 48)
+        if (threadIdx.x < 32) {
+            const float* other = joins + threadIdx.x / 16 * warps * 48 + threadIdx.x % 16;
+            Affine run = {1.f, 0.f, 0.f};
+            for (int w = 0; w < warps; w++) {
+                run.ascending = fmaf(other[w * 48], run.ascending, other[w * 48 + 16]);
+                run.descending = fmaf(run.product, other[w * 48 + 32], run.descending);
+                run.product *= other[w * 48];
+            }
+            float* mine = blocks + threadIdx.x / 16 * 48 + threadIdx.x % 16;
+            mine[0] = run.product;
+            mine[16] = run.ascending;
+            mine[32] = run.descending;
+        }
+        cluster_sync();
+        const int rank = blockIdx.x % CLUSTER;
+#endif
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float* other = joins + i / 2 * warps * 48 + 2 * g + i % 2;
             float from_below = 0.f, from_above = 0.f;
+#if CLUSTER > 1
+            const float* total = blocks + i / 2 * 48 + 2 * g + i % 2;
+#pragma unroll 4
+            for (int r = 0; r < rank; r++) {
+                from_below = fmaf(load_peer(total, r), from_below, load_peer(total + 16, r));
+            }
+#pragma unroll 4
+            for (int r = CLUSTER - 1; r > rank; r--) {
+                from_above = fmaf(load_peer(total, r), from_above, load_peer(total + 32, r));
+            }
+#endif
 #pragma unroll 1
-            for (int w = 0; w < warp; w++) from_below = fmaf(other[w * 48], from_below, other[w * 48 + 16]);
+            for (int w = 0; w < own; w++) from_below = fmaf(other[w * 48], from_below, other[w * 48 + 16]);
 #pragma unroll 1
-            for (int w = warps - 1; w > warp; w--) from_above = fmaf(other[w * 48], from_above, other[w * 48 + 32]);
+            for (int w = warps - 1; w > own; w--) from_above = fmaf(other[w * 48], from_above, other[w * 48 + 32]);
             below[i / 2][i % 2] = join[i / 2][i % 2].ascending(from_below, t);
             above[i / 2][i % 2] = join[i / 2][i % 2].descending(from_above, t);
         }
@@ -132,18 +167,18 @@ struct Block {
 #endif
     }
 
-    template <bool REVERSE>
-    __device__ __forceinline__ void adjoin(const float4& noted, const float (&below)[2], const Steps& steps,
-                                           const Inputs& in, float (&above)[2], float (&dx)[2][T], Sums& sums,
-                                           Products& out) {
-        const float ascending[2] = {fmaf(noted.z, below[0], noted.x), fmaf(noted.w, below[1], noted.y)};
-        adjoint_scan<REVERSE>(steps, in, ascending, above, merged, dx, sums, out);
+    __device__ __forceinline__ float2* place(u32 where) const {
+        u32 offset = (where & ~VOID) * 64 + g * 8;
+        if (!SPILL) offset ^= offset >> 2 & 32;  // spread over the banks
+        return reinterpret_cast<float2*>(merged + (SPILL ? u64(where & ~VOID) * 64 + g * 8 : offset));
     }
 
-    __device__ __forceinline__ void keep(const Inputs& in, const float (&dx)[2][T]) {
+    // After rows the merged map takes what they give, after columns dx takes the sum.
+    __device__ __forceinline__ void keep(u32 where, const float (&dx)[2][T]) const {
 #pragma unroll
         for (int i = 0; i < T; i++) {
-            if (i < in.left) *reinterpret_cast<float2*>(merged + in.place[i]) = make_float2(dx[0][i], dx[1][i]);
+            const u32 w = of_slot(where, 4 * i + t);
+            store_float2_if(int(w) >= 0, place(w), dx[0][i], dx[1][i]);
         }
     }
 
@@ -169,14 +204,14 @@ struct Block {
                     if (exists && rank + 1 < RANK) add_global(q + 1, sum[2 * c + 1]);
                 }
             }
-            float dA = sums.A[c] * 0.4804530139182014f, dbias = sums.bias[c];
+            float dA = sums.A[c], dbias = sums.bias[c];
             dA += from_lane(dA, 1);
             dbias += from_lane(dbias, 1);
             dA += from_lane(dA, 2);
             dbias += from_lane(dbias, 2);
             if (exists && t == 0) {
-                add_global(p.dA + line, dA);
-                add_global(p.dbias + line, dbias);
+                add_global(p.sums + line, dbias);
+                add_global(p.sums + u64(4) * p.channels + line, dA);
             }
         }
     }
@@ -187,147 +222,159 @@ struct Block {
             dD[c] += from_lane(dD[c], 1);
             dD[c] += from_lane(dD[c], 2);
             // Every route passes x on by D, so all four gradients are the same: lane t adds that of route t.
-            if (channel + c < p.channels) add_global(p.dD + u64(t) * p.channels + channel + c, dD[c]);
+            if (channel + c < p.channels) add_global(p.sums + u64(8 + t) * p.channels + channel + c, dD[c]);
         }
     }
 
-    __device__ __forceinline__ void store_dx(const Inputs& in, const float (&dx)[2][T], const float (&skip)[2]) const {
+    __device__ __forceinline__ void store_dx(u32 where, const char* staged, const Inputs& in, const float (&dx)[2][T],
+                                             const float (&skip)[2]) const {
 #pragma unroll
         for (int i = 0; i < T; i++) {
-            if (i >= in.left) continue;
-            char* q = reinterpret_cast<char*>(p.dx + map) + u64(in.place[i] >> 6) * source.x_row;
-            const u32 both =
-                pack(fmaf(in.dy[i].get(0), skip[0], dx[0][i] * LN2), fmaf(in.dy[i].get(1), skip[1], dx[1][i] * LN2));
+            const u32 w = of_slot(where, 4 * i + t);
+            const char* own = staged + (4 * i + t) * 64 + g * 8;
+            const float2 before = SPILL ? *reinterpret_cast<const float2*>(own) : *place(w);
+            char* q = reinterpret_cast<char*>(p.dx + map + 2 * g) + u64(w & ~VOID) * source.x_row;
+            const u32 both = pack(fmaf(in.dy[i][0], skip[0], (before.x + dx[0][i]) * LN2),
+                                  fmaf(in.dy[i][1], skip[1], (before.y + dx[1][i]) * LN2));
+            const bool exists = int(w) >= 0 && (FULL_E || source.valid > 0);
 #if EVEN_E
-            if (source.valid > 0) *reinterpret_cast<u32*>(q) = both;
+            store_u32_if(exists, q, both);
 #else
-            if (source.valid > 0) reinterpret_cast<u16*>(q)[0] = u16(both);
-            if (source.valid > 1) reinterpret_cast<u16*>(q)[1] = u16(both >> 16);
+            if (exists) reinterpret_cast<u16*>(q)[0] = u16(both);
+            if (exists && source.valid > 1) reinterpret_cast<u16*>(q)[1] = u16(both >> 16);
 #endif
         }
     }
 
-    // Ranks of both routes, or a request for them where registers are short.
-    __device__ __forceinline__ void load_ranks(const Inputs& in, Ranks (&ranks)[2], const char* projected) const {
-        if (KEEP_RANKS) {
-            ranks[0].load(in, projected, t);
-            ranks[1].load(in, projected + 4 * ROW, t);
-        } else {
-            prefetch_ranks(in, projected, t);
-            prefetch_ranks(in, projected + 4 * ROW, t);
-        }
+    // The lane's place among the staged ranks of a route.
+    __device__ __forceinline__ const char* ranks_of(const char* staged, int pass, int slot) const {
+        return staged + STAGE_RANKS + (slot * CHUNK + (g & 1) * 4 + (g >> 1)) * RANK_PITCH + 4 * t +
+               (COPY_RANKS ? 2 * ROW * (pass + 2 * slot) & 15 : 0);
     }
 
-    __device__ __forceinline__ void take_ranks(const Inputs& in, Ranks (&ranks)[2], const Ranks (&arrived)[2],
-                                               const char* projected) const {
-        if (KEEP_RANKS) {
-            ranks[0] = arrived[0];
-            ranks[1] = arrived[1];
-        } else {
-            ranks[0].load(in, projected, t);
-            ranks[1].load(in, projected + 4 * ROW, t);
-        }
-    }
+    __device__ __forceinline__ char* buffer(int piece) const { return stage + (STAGES == 2 ? (piece & 1) * STAGE : 0); }
 
     // Notes what every piece starts from; gives what enters the lane's segment.
-    __device__ __forceinline__ void summarize_pass(const Layout& layout, int pieces, float (&below)[2][2],
+    __device__ __forceinline__ void summarize_pass(const Layout& layout, int pass, int pieces, float (&below)[2][2],
                                                    float (&above)[2][2]) {
         Affine run[2][2];
 #pragma unroll
         for (int i = 0; i < 4; i++) run[i >> 1][i & 1] = {1.f, 0.f, 0.f};
-        Inputs in, next;
-        Ranks ranks[2], next_ranks[2];
-        const char* projected = source.projected;
-        if (pieces > 0) {
-            next.load(source, layout, warp, 0, lane);
-            load_ranks(next, next_ranks, projected);
-        }
+        if (pieces > 0) copy_inputs(stage, source, pass, source.find(layout, warp, 0, lane), lane);
 #pragma unroll 1
         for (int piece = 0; piece < pieces; piece++) {
-            Steps steps;
-            in = next;
-            take_ranks(in, ranks, next_ranks, projected);
-            if (piece + 1 < pieces) {
-                next.load(source, layout, warp, piece + 1, lane);
-                load_ranks(next, next_ranks, projected);
+            const char* staged = buffer(piece);
+            copies_arrived();
+            if (STAGES == 2 && piece + 1 < pieces) {
+                copy_inputs(buffer(piece + 1), source, pass, source.find(layout, warp, piece + 1, lane), lane);
             }
+            Inputs in;
+            Steps steps;
+            Ranks ranks;
+            in.load(staged, lane);
             note(0, piece, run[0]);
             note(1, piece, run[1]);
-            steps.compute(ranks[0], weights(0), select, in, lane);
+            ranks.load(ranks_of(staged, pass, 0), t);
+            steps.compute(ranks, weights(0), select, lane);
             summarize<false>(steps, in, run[0]);
-            steps.compute(ranks[1], weights(1), select, in, lane);
+            ranks.load(ranks_of(staged, pass, 1), t);
+            if (STAGES == 1 && piece + 1 < pieces) {
+                __syncwarp();
+                copy_inputs(stage, source, pass, source.find(layout, warp, piece + 1, lane), lane);
+            }
+            steps.compute(ranks, weights(1), select, lane);
             summarize<REVERSED>(steps, in, run[1]);
         }
+        __syncwarp();
+        __threadfence_block();  // the notes, before they are copied
         join_segments(run, below, above);
     }
 
+    __device__ __forceinline__ u32 copy_chunk(char* to, const Layout& layout, int pass, int piece) const {
+        const u32 where = source.find(layout, warp, piece, lane);
+        copy_inputs(to, source, pass, where, lane);
+#pragma unroll
+        for (int slot = 0; slot < 2; slot++) {
+            copy16(to + STAGE_NOTES + slot * 512 + lane * 16, reinterpret_cast<const char*>(&entry(slot, piece)), 16);
+        }
+        if (SPILL && pass) copy_rows<64>(to + STAGE_MERGED, merged, 64, where, lane);
+        return where;
+    }
+
+    template <bool REVERSE, bool FIRST>
+    __device__ __forceinline__ void adjoin(const char* staged, int pass, float* first, int chunk,
+                                           const float (&below)[2], float (&above)[2], const Inputs& in,
+                                           float (&dx)[2][T], Sums& sums, const Layout& layout, int piece,
+                                           u32& next) const {
+        constexpr int slot = FIRST ? 0 : 1;
+        Steps steps;
+        Ranks ranks;
+        Products out;
+        const char* own = ranks_of(staged, pass, slot);
+        ranks.load(own, t);
+        steps.compute(ranks, weights(slot), select, lane);
+        const float4 noted = *reinterpret_cast<const float4*>(staged + STAGE_NOTES + slot * 512 + lane * 16);
+        const float ascending[2] = {fmaf(noted.z, below[0], noted.x), fmaf(noted.w, below[1], noted.y)};
+        adjoint_scan<REVERSE, FIRST>(steps, in, ascending, above, dx, sums, out);
+        const ByChannel turned(out);
+        add_weight_gradient(out, ranks, own, t, sums);
+        if (!FIRST && STAGES == 1 && piece > 0) {  // all that this chunk reads has been read
+            __syncwarp();
+            next = copy_chunk(stage, layout, pass, piece - 1);
+        }
+        const u64 row_stride = u64(u32(p.chunks)) * CHUNK;
+        float* to = first + chunk * CHUNK + (slot ? 2 * ROW * row_stride : 0);
+        emit(turned, weights(slot), to, row_stride, g);
+    }
+
     __device__ __forceinline__ void layout_pass(int pass) {
-        if (pass) source.projected += 2 * ROW;
         const Layout layout(pass && p.columns, p.height, p.width);
-        const int begun = p.length - source.first(warp, 0, 0);  // positions from the warp on
+        const int begun = p.length - 4 * warp * source.segment;  // positions from the warp on
         const int pieces = max(min((begun + T - 1) / T, p.pieces), 0);
         float below[2][2], above[2][2];
-        summarize_pass(layout, pieces, below, above);
+        summarize_pass(layout, pass, pieces, below, above);
 
         Sums sums[2];
         sums[0].begin(stash);
         sums[1].begin(stash + RANK_FRAGMENTS * 32);
-        float dD[2] = {}, skip[2] = {};
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-            for (int k = 0; k < 4 && channel + c < p.channels; k++) skip[c] += p.D[k * p.channels + channel + c];
+        float dD[2] = {};  // or, by columns, the sum of D
+        if (pass) {
+            for (int c = 0; c < 2; c++) {
+                for (int k = 0; k < 4 && channel + c < p.channels; k++) dD[c] += p.D[k * p.channels + channel + c];
+            }
         }
-        const char* projected = source.projected;
-        Inputs in, next;
-        Ranks ranks[2], next_ranks[2];
-        float4 noted[2], next_noted[2];
-        if (pieces > 0) {
-            next.load(source, layout, warp, pieces - 1, lane);
-            load_ranks(next, next_ranks, projected);
-            next_noted[0] = entry(0, pieces - 1);
-            next_noted[1] = entry(1, pieces - 1);
-        }
+        float* first = destination(pass, 0);
+        u32 next = 0;
+        if (pieces > 0) next = copy_chunk(buffer(pieces - 1), layout, pass, pieces - 1);
 #pragma unroll 1
         for (int piece = pieces - 1; piece >= 0; piece--) {
             const int chunk = warp * p.pieces + piece;
+            const u32 where = next;
+            const char* staged = buffer(piece);
+            copies_arrived();
+            if (STAGES == 2 && piece > 0) next = copy_chunk(buffer(piece - 1), layout, pass, piece - 1);
             float dx[2][T];
-            Steps steps;
-            Products out;
-            in = next;
-            noted[0] = next_noted[0];
-            noted[1] = next_noted[1];
-            if (KEEP_RANKS) take_ranks(in, ranks, next_ranks, projected);
+            Inputs in;
+            in.load(staged, lane);
 #if ORDERED
             u32* turn = p.turns + 1 + 2 * p.channel_blocks + (u64(image) * 2 + pass) * p.chunks + chunk;
             await_turn(turn, channel_block, lane);
 #endif
-            if (!KEEP_RANKS) ranks[0].load(in, projected, t);
-            steps.compute(ranks[0], weights(0), select, in, lane);
-            adjoin<false>(noted[0], below[0], steps, in, above[0], dx, sums[0], out);
-            const ByChannel first(out);
-            keep(in, dx);
-            add_weight_gradient(out, ranks[0], in, projected, t, sums[0]);
-            if (!KEEP_RANKS) ranks[1].load(in, projected + 4 * ROW, t);
-            emit(first, weights(0), destination(pass, chunk), u64(u32(p.chunks)) * CHUNK, g);
-            if (piece > 0) {  // on their way while the second route is worked on
-                next.load(source, layout, warp, piece - 1, lane);
-                load_ranks(next, next_ranks, projected);
-                next_noted[0] = entry(0, piece - 1);
-                next_noted[1] = entry(1, piece - 1);
-            }
-            steps.compute(ranks[1], weights(1), select, in, lane);
-            adjoin<REVERSED>(noted[1], below[1], steps, in, above[1], dx, sums[1], out);
-            const ByChannel second(out);
+            adjoin<false, true>(staged, pass, first, chunk, below[0], above[0], in, dx, sums[0], layout, piece, next);
+            adjoin<REVERSED, false>(staged, pass, first, chunk, below[1], above[1], in, dx, sums[1], layout, piece,
+                                    next);
             if (pass == 0) {
 #pragma unroll
-                for (int i = 0; i < 2 * T; i++)
-                    dD[i / T] = fmaf(in.dy[i % T].get(i / T), in.channel(i / T, i % T), dD[i / T]);
-                keep(in, dx);
+                for (int c = 0; c < 2; c++) {
+                    float sum = in.dy[0][c] * in.x[0][c];
+#pragma unroll
+                    for (int i = 1; i < T; i++) sum = fmaf(in.dy[i][c], in.x[i][c], sum);
+                    dD[c] += sum;
+                }
+                keep(where, dx);
             } else {
-                store_dx(in, dx, skip);
+                store_dx(where, staged + STAGE_MERGED, in, dx, dD);
             }
-            add_weight_gradient(out, ranks[1], in, projected + 4 * ROW, t, sums[1]);
-            emit(second, weights(1), destination(pass + 2, chunk), u64(u32(p.chunks)) * CHUNK, g);
 #if ORDERED
             pass_turn(turn, channel_block, lane);
 #endif
@@ -335,7 +382,7 @@ struct Block {
         sync();  // the other layout reads what other lanes merged, and reuses the carries
 #if ORDERED
         u32* turn = p.turns + 1 + pass * p.channel_blocks + channel_block;
-        const int warps = TEAM ? blockDim.x / 32 : 1;
+        const int warps = TEAM ? CLUSTER * (blockDim.x / 32) : 1;
         for (int w = 0; w < warps; w++) {
             if (w == warp) {
                 await_turn(turn, image * warps + w, lane);
@@ -351,17 +398,10 @@ struct Block {
         if (pass == 0) flush_skip(dD);
 #endif
     }
-
-    // The merged map starts from zero; every lane clears what lanes of its warp or block will add to.
-    __device__ __forceinline__ void clear() {
-        float4* map_sums = reinterpret_cast<float4*>(merged);
-        for (int i = TEAM ? threadIdx.x : lane; i < p.length * 4; i += TEAM ? blockDim.x : 32) {
-            map_sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-        }
-        sync();
-    }
 };
 
+static_assert(!SPILL || STAGES == 2, "the merged map is read after the next chunk is asked for");
+static_assert(CLUSTER == 1 || TEAM && SPILL, "blocks of a cluster share a map, in the workspace");
 static_assert(ITEMS == OPERAND_ITEMS, "the Python side allocates as many operands as there are");
 
 // Blocks take one map, or one for each warp, after another until none is left. Whoever waits waits for earlier ones.
@@ -369,13 +409,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ss2d_backward(cons
     Block block(p);
     u32* next = block.next;
     for (;;) {
+#if CLUSTER > 1
+        if (threadIdx.x == 0 && blockIdx.x % CLUSTER == 0) *next = atomicAdd(p.turns, 1);
+        cluster_sync();
+        const u32 index = __float_as_uint(load_peer(reinterpret_cast<const float*>(next), 0));
+        if (index >= u32(p.maps)) {
+            cluster_sync();  // a block's shared memory must outlive its readers
+            return;
+        }
+#else
         if (threadIdx.x == 0) *next = atomicAdd(p.turns, 1);
         __syncthreads();
         const u32 index = *next;
         if (index >= u32(p.maps)) return;
+#endif
         block.enter(index);
         const bool exists = TEAM || block.image < p.images;
-        if (exists) block.clear();
 #pragma unroll 1
         for (int pass = 0; pass < 2; pass++) {
             block.fetch_weights(pass);
@@ -395,8 +444,8 @@ struct Preparation {
     const void* weight;
     const float *bias, *A;
     uint4* packed;
-    float* zero[6];  // what sums are added to, and the turns
-    u64 count[6];
+    float* zero[4];  // what sums are added to, and the turns
+    u64 count[4];
     int channels, channel_blocks;
 };
 
@@ -407,7 +456,7 @@ extern "C" __global__ void ss2d_backward_prepare(const __grid_constant__ Prepara
         reinterpret_cast<float4*>(p.zero[0])[i] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
 #pragma unroll
-    for (int k = 1; k < 6; k++) {
+    for (int k = 1; k < 4; k++) {
         for (u64 i = thread; i < p.count[k]; i += threads) p.zero[k][i] = 0.f;
     }
     const u64 items = u64(4) * p.channel_blocks * ITEMS * 32;
@@ -455,10 +504,17 @@ extern "C" __global__ void ss2d_backward_prepare(const __grid_constant__ Prepara
 }
 
 // Rounds the gradient of `projected` and puts it in map order: a block takes FINISH chunks of one route of an image.
+// The blocks together round the sums that are float64, for `channels` channels.
 constexpr int FINISH = ROW * CHUNK > 2048 ? 1 : 2048 / (ROW * CHUNK);
 
 extern "C" __global__ void ss2d_backward_finish(const float* sums, u16* dprojected, int length, int chunks, int pieces,
-                                                int height, int width, int columns) {
+                                                int height, int width, int columns, const double* exact, float* dbias,
+                                                float* dA, float* dD, int channels) {
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < 4 * channels; i += gridDim.x * blockDim.x) {
+        dbias[i] = float(exact[i]);
+        dA[i] = float(exact[4 * channels + i] * (0.6931471805599453 * 0.6931471805599453));
+        dD[i] = float(exact[8 * channels + i]);
+    }
     __shared__ float tile[ROW][FINISH * CHUNK + 1];
     const int groups = (chunks + FINISH - 1) / FINISH;
     const int first = blockIdx.x % groups * FINISH, route = blockIdx.x / groups % 4;

@@ -10,7 +10,10 @@
 // Compile-time parameters beside those of common.cuh:
 //   DY32       1: dy is float32, 0: it has the 16-bit type
 //   TEAM       1: the warps of a block share one map, 0: each warp has a map (of another channel block) to itself
-//   SPILL      1: the merged map and the carries do not fit in shared memory and lie in a workspace
+//   SPILL      1: the merged map lies in a workspace, 0: in shared memory
+//   CLUSTER    blocks that share a map
+//   STAGES     chunks staged at once: 1, or 2 with the next one's copies a whole chunk ahead
+//   STAGE_BYTES  shared memory of a staged chunk
 //   ORDERED    1: sums over blocks are taken in a fixed order
 //   REVERSED   1: the second route of a layout runs backwards, 0: forwards ("unidi")
 //   STASH      1: sums of the gradient of dt_weight lie in shared memory, 0: in registers
@@ -26,7 +29,27 @@ constexpr int BACK_TERMS = NARROW ? 1 : 2;          // bfloat16 parts of it in t
 constexpr int PARTS = BF16 ? 1 : 2;                 // and of what is multiplied by it: float16 has three bits more
 constexpr int STEP_TILES = (RANK + 15) / 16;        // k = 16 operands that cover the ranks
 constexpr int OUT_TILES = (ROW + 15) / 16;          // m = 16 results that cover a route's share
-constexpr bool KEEP_RANKS = FRAGMENTS <= 2;         // whether there are registers to hold and prefetch them
+// A chunk is staged in shared memory by 16-byte copies, a chunk ahead. A route's share of `projected` starts at any
+// multiple of 4 bytes, so what is copied are the 16-byte units that cover it.
+constexpr bool COPY_RANKS = ROW % 2 == 0;
+constexpr int share_start(int route) { return COPY_RANKS ? 2 * ROW * route : 0; }  // of a row, in bytes
+constexpr int count_units() {
+    int most = 0;
+    for (int k = 0; k < 4; k++) {
+        const int units = (share_start(k) % 16 + 2 * ROW + 15) / 16;
+        most = units > most ? units : most;
+    }
+    return most;
+}
+constexpr int UNITS = count_units();
+constexpr int RANK_PITCH = (UNITS | 1) * 16;  // of a slot; an odd number of units keeps eight slots on different banks
+constexpr int DY_PITCH = DY32 ? 64 : 32;
+constexpr int STAGE_DY = CHUNK * 32, STAGE_RANKS = STAGE_DY + CHUNK * DY_PITCH;
+constexpr int STAGE_NOTES = STAGE_RANKS + 2 * CHUNK * RANK_PITCH;
+constexpr int STAGE_MERGED = STAGE_NOTES + 1024;
+constexpr int STAGE = STAGE_MERGED + (SPILL ? CHUNK * 64 : 0);
+static_assert(STAGE == STAGE_BYTES, "the Python side allocates as much");
+constexpr u32 VOID = 0x80000000u;  // marks a slot past the end
 // Operands of 16 channels of one route, 16 bytes a lane each: weights by channel, by rank, selectors of B and C,
 // constants.
 constexpr int BACK = STEP_TILES * TERMS;
@@ -45,9 +68,7 @@ struct Problem {
     u16* dx;               // (B, L, E)
     float* dprojected;     // (B, 4, ROW, chunks, 32), slots of a chunk as `emit` writes them
     float* dweight;        // (4, E, RANK)
-    float* dbias;          // (4, E)
-    float* dA;             // (4, E)
-    float* dD;             // (4, E)
+    double* sums;          // (3, 4, E): gradients of dt_bias, A (over ln2^2) and D
     float* workspace;      // of a team: what pieces start from, (2, chunks, 32, 4); SPILL: and its merged map, (L, 16)
     u32* turns;            // the next map to take; ORDERED: (2, channel blocks), (B, 2, chunks); all zero
     int length, channels, channel_blocks, chunks;
@@ -57,44 +78,19 @@ struct Problem {
 
 // ---- what a chunk reads ---------------------------------------------------------------------------------------------
 
-struct Layout {              // step s of a layout -> position of the map
-    u32 line, stride, wrap;  // steps of a line, distance of two neighbours on it, and from its end to the next
-    bool columns, straight;      // straight: a piece, which starts at a multiple of T, never leaves its line
+struct Layout {  // step s of a layout -> position of the map
+    u32 width;
+    bool columns;
     Fold fold;
 
     __device__ __forceinline__ Layout(bool by_columns, u32 height, u32 width)
-        : line(by_columns ? height : 0x40000000u),
-          stride(by_columns ? width : 1u),
-          wrap(by_columns ? 1u - height * width : 0u),
-          columns(by_columns),
-          straight(!by_columns || height % T == 0),
-          fold(height) {}
+        : width(width), columns(by_columns), fold(height) {}
 
-    __device__ __forceinline__ u32 start(u32 step) const {
+    __device__ __forceinline__ u32 position(u32 step) const {
         u32 column = 0, row = step;
-        if (columns) fold.split(step, column, row);
-        return row * stride + column;
-    }
-
-    // Positions of steps first, first + BY, ...; a piece touches at most two lines if a line is as long.
-    template <int BY, int COUNT>
-    __device__ __forceinline__ void positions(u32 first, u32 (&position)[COUNT]) const {
-        u32 column = 0, row = first;
-        if (columns) fold.split(first, column, row);
-        const u32 start = row * stride + column;
-        const int left = line - row;
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            position[i] = start + i * BY * stride;
-            if (i * BY >= left) position[i] += wrap;
-        }
-        if (line < T) {
-#pragma unroll
-            for (int i = 0; i < COUNT; i++) {
-                fold.split(first + i * BY, column, row);
-                position[i] = row * stride + column;
-            }
-        }
+        if (!columns) return step;
+        fold.split(step, column, row);
+        return row * width + column;
     }
 };
 
@@ -144,96 +140,117 @@ __device__ __forceinline__ const char* at(const char* base, u32 position, u32 st
     return reinterpret_cast<const char*>(at(reinterpret_cast<u64>(base), position, stride));
 }
 
-struct Source {  // of a lane, within one image
-    const char *x, *dy;
-    const char* projected;  // of the pass's first route, with the lane's place in an operand
-    u32 x_row, dy_row;      // bytes from a position to the next
-    int length, valid;
+struct Source {  // of a warp, within one image and one block of channels
+    const char *x, *dy, *projected;
+    u32 x_row, dy_row;  // bytes from a position to the next
+    int length, valid;  // valid: how many of the lane's two channels exist
+    int segment;        // positions of a segment
 
-    int segment;            // positions of a segment
-
-    __device__ __forceinline__ int first(int warp, int t, int piece) const {
-        return (4 * warp + t) * segment + piece * T;
+    // The position of slot lane % CHUNK, i.e. of step i of segment t for slot 4 i + t. Slots past the end of the map
+    // have x = dy = 0, so that neither recurrence sees them and no gradient comes of them.
+    __device__ __forceinline__ u32 find(const Layout& layout, int warp, int piece, int lane) const {
+        const int slot = lane % CHUNK, i = min(slot >> 2, T - 1), t = slot & 3;
+        const int step = (4 * warp + t) * segment + piece * T + i;
+        return step < length ? layout.position(step) : layout.position(length - 1) | VOID;
     }
 };
 
-// A piece. Slots past the end of the map read its last position again; `Steps` makes sure that this has no effect.
-struct Inputs {
-    u32 x[T];
-    Pair dy[T];
-    u32 place[T];          // in the merged map, bytes
-    u32 rank_position[DUOS];  // of the slots whose projections this lane loads
-    int left;              // slots that exist, or a number past T
-    bool cut;              // whether some lane of the warp has fewer than T
+__device__ __forceinline__ u32 of_slot(u32 where, int slot) { return __shfl_sync(0xffffffffu, where, slot); }
 
-    __device__ __forceinline__ void load(const Source& source, const Layout& layout, int warp, int piece, int lane) {
-        const int g = lane >> 2, t = lane & 3, first = source.first(warp, t, piece),
-                  rank_first = source.first(warp, g >> 1, piece) + (g & 1);
-        u32 position[T];
-        if (layout.straight) {
-            const u32 start = layout.start(first);
-            const u32 other = __shfl_sync(0xffffffffu, start, g >> 1) + (g & 1) * layout.stride;
+// Rows of BYTES, one a slot, for the slots of a chunk.
+template <int BYTES>
+__device__ __forceinline__ void copy_rows(char* to, const char* from, u32 row, u32 where, int lane) {
+    constexpr int PER = BYTES / 16;
 #pragma unroll
-            for (int i = 0; i < T; i++) position[i] = start + i * layout.stride;
+    for (int n = 0; n < CHUNK * PER / 32; n++) {
+        const int k = lane + 32 * n;
+        const u32 w = of_slot(where, k / PER);
+        copy16(to + k * 16, at(from + k % PER * 16, w & ~VOID, row), int(w) < 0 ? 0 : 16);
+    }
+}
+
+__device__ __forceinline__ void copy_ranks(char* to, const char* projected, int pass, u32 where, int lane) {
+#if RANK % 2 == 0
 #pragma unroll
-            for (int j = 0; j < DUOS; j++) rank_position[j] = other + 2 * j * layout.stride;
-        } else {
-            layout.positions<1>(first, position);
-            layout.positions<2>(rank_first, rank_position);
-        }
-        left = source.length - first;
-        cut = source.first(warp, 3, piece) + T > source.length;
-        if (T == 7 && (g & 1)) rank_position[DUOS - 1] = rank_position[DUOS - 2];  // the void slot
-        if (cut) {
-#pragma unroll
-            for (int i = 0; i < T; i++) position[i] = i < left ? position[i] : source.length - 1;
-#pragma unroll
-            for (int j = 0; j < DUOS; j++) {
-                rank_position[j] = rank_first + 2 * j < source.length ? rank_position[j] : source.length - 1;
-            }
-        }
+    for (int n = 0; n < 2 * CHUNK * UNITS / 32; n++) {
+        const int k = lane + 32 * n, unit = k % UNITS, slot = k / UNITS >> 1, route = k / UNITS & 1;
+        const u32 start = u32(2 * ROW) * (pass + 2 * route) & ~15u;
+        const u32 w = of_slot(where, slot);
+        copy16(to + (route * CHUNK + slot) * RANK_PITCH + unit * 16,
+               at(projected + start + unit * 16, w & ~VOID, 2 * PROJECTED), 16);
+    }
+#else
+    for (int k = lane; k < 2 * CHUNK * ROW; k += 32) {
+        const int entry = k % ROW, slot = k / ROW >> 1, route = k / ROW & 1;
+        const u32 w = of_slot(where, slot);
+        const char* p = at(projected + 2 * (ROW * (pass + 2 * route) + entry), w & ~VOID, 2 * PROJECTED);
+        reinterpret_cast<u16*>(to + (route * CHUNK + slot) * RANK_PITCH)[entry] =
+            __ldg(reinterpret_cast<const u16*>(p));
+    }
+#endif
+}
+
+// Starts to bring what a chunk reads into `stage`.
+__device__ __forceinline__ void copy_inputs(char* stage, const Source& source, int pass, u32 where, int lane) {
+#if FULL_E
+    copy_rows<32>(stage, source.x, source.x_row, where, lane);
+    copy_rows<DY_PITCH>(stage + STAGE_DY, source.dy, source.dy_row, where, lane);
+#else
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll 1
+    for (int i = 0; i < T; i++) {
+        const u32 w = of_slot(where, 4 * i + t);
+        const int valid = w & VOID ? 0 : source.valid;
+        *reinterpret_cast<u32*>(stage + (4 * i + t) * 32 + g * 4) =
+            load_x(at(source.x, w & ~VOID, source.x_row) + 4 * g, valid);
+        *reinterpret_cast<Pair*>(stage + STAGE_DY + (4 * i + t) * DY_PITCH + g * (DY_PITCH / 8)) =
+            load_dy(at(source.dy, w & ~VOID, source.dy_row) + g * (DY_PITCH / 8), valid);
+    }
+#endif
+    copy_ranks(stage + STAGE_RANKS, source.projected, pass, where, lane);
+}
+
+struct Inputs {
+    float x[T][2], dy[T][2];
+
+    __device__ __forceinline__ void load(const char* stage, int lane) {
+        const int g = lane >> 2, t = lane & 3;
 #pragma unroll
         for (int i = 0; i < T; i++) {
-            x[i] = load_x(at(source.x, position[i], source.x_row), source.valid);
-            dy[i] = load_dy(at(source.dy, position[i], source.dy_row), source.valid);
-            const u32 offset = position[i] * 64 + g * 8;
-            place[i] = offset ^ (offset >> 2 & 32);  // spread over the banks
+            const char* slope = stage + STAGE_DY + (4 * i + t) * DY_PITCH + g * (DY_PITCH / 8);
+            const u32 both = *reinterpret_cast<const u32*>(stage + (4 * i + t) * 32 + g * 4);
+            const Pair pair = *reinterpret_cast<const Pair*>(slope);
+            x[i][0] = unpack_low(both);
+            x[i][1] = unpack_high(both);
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                dy[i][c] = pair.get(c);
+                pin(x[i][c]);  // or they are unpacked anew at every use
+                pin(dy[i][c]);
+            }
         }
     }
-    __device__ __forceinline__ float channel(int c, int i) const { return c ? unpack_high(x[i]) : unpack_low(x[i]); }
 };
 
-// Operand `tile` of column g of product j: two neighbouring entries of that position's share of `projected`.
-__device__ __forceinline__ u32 load_rank(const Inputs& in, const char* projected, int tile, int j, int t) {
-    const u16* p = reinterpret_cast<const u16*>(at(projected, in.rank_position[j], 2 * PROJECTED)) + 8 * tile;
-    const int slot = 8 * tile + 2 * t;
-    if (ROW % 2 == 0) {
-        if (8 * tile + 8 > ROW && slot >= ROW) return 0u;
-        return KEEP_RANKS ? load_once(reinterpret_cast<const char*>(p)) : __ldg(reinterpret_cast<const u32*>(p));
-    }
-    return (slot < ROW ? u32(__ldg(p)) : 0u) | (slot + 1 < ROW ? u32(__ldg(p + 1)) << 16 : 0u);
+// Operand `tile` of column g of product j: two neighbouring entries of that slot's share of `projected`. `ranks`: the
+// lane's place in a chunk's share.
+__device__ __forceinline__ u32 load_rank(const char* ranks, int tile, int j, int t) {
+    if (8 * tile + 8 > ROW && 8 * tile + 2 * t >= ROW) return 0u;
+    const u32 both = *reinterpret_cast<const u32*>(ranks + 8 * j * RANK_PITCH + 16 * tile);
+    return ROW % 2 == 1 && 8 * tile + 8 > ROW && 8 * tile + 2 * t + 1 >= ROW ? both & 0xffffu : both;
 }
 
 struct Ranks {
     u32 raw[FRAGMENTS][DUOS];
 
-    __device__ __forceinline__ void load(const Inputs& in, const char* projected, int t) {
+    __device__ __forceinline__ void load(const char* ranks, int t) {
 #pragma unroll
         for (int tile = 0; tile < FRAGMENTS; tile++) {
 #pragma unroll
-            for (int j = 0; j < DUOS; j++) raw[tile][j] = load_rank(in, projected, tile, j, t);
+            for (int j = 0; j < DUOS; j++) raw[tile][j] = load_rank(ranks, tile, j, t);
         }
     }
 };
-
-// Asks for what `load_rank` will read: one of the 32 positions a lane, one route.
-__device__ __forceinline__ void prefetch_ranks(const Inputs& in, const char* projected, int t) {
-    const u32 position = t & 2 ? (t & 1 ? in.rank_position[3] : in.rank_position[2])
-                               : (t & 1 ? in.rank_position[1] : in.rank_position[0]);
-    const char* p = projected + u64(position) * u32(2 * PROJECTED) - 4 * t;
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(p + 2 * ROW - 2));
-}
 
 // ---- step sizes -----------------------------------------------------------------------------------------------------
 
@@ -243,7 +260,7 @@ struct Steps {
     float bias[2], A[2];
 
     __device__ __forceinline__ void compute(const Ranks& ranks, const uint4* packed, const InputOutputSelector& select,
-                                            Inputs& in, int lane) {
+                                            int lane) {
         constexpr int I = RANK / 8;
         const float4* shared = reinterpret_cast<const float4*>(packed - lane) + CONSTANTS * 32 + (lane >> 2);
         const float4 constants = shared[0], rest = shared[8];
@@ -251,7 +268,6 @@ struct Steps {
         bias[1] = constants.y;
         A[0] = constants.z;
         A[1] = constants.w;
-        float fine[DUOS][4];
 #pragma unroll
         for (int j = 0; j < DUOS; j++) {
             if (RANK % 8 == 7) {
@@ -261,45 +277,19 @@ struct Steps {
             }
         }
 #pragma unroll
-        for (int i = 0; i < BACK; i++) {  // the leading parts have sums of their own, which are rounded least
+        for (int n = 0; n < BACK; n++) {  // the smallest parts first
+            const int i = BACK - 1 - n, tile = 2 * (i % STEP_TILES);
             const uint4 w = packed[i * 32];
-            const int tile = 2 * (i % STEP_TILES);
             constexpr int MOST = RANK_FRAGMENTS - 1;
-            constexpr int LAST = TERMS > 1 ? STEP_TILES : 0;  // what the bias' rest is added to
 #pragma unroll
             for (int j = 0; j < DUOS; j++) {
-                float (&sum)[4] = i < STEP_TILES ? d[j] : fine[j];
                 const u32 first = ranks.raw[tile][j], second = ranks.raw[min(tile + 1, MOST)][j];
-                if (i == LAST) {
-                    if (tile < MOST) {
-                        mma_k16(sum, w.x, w.y, w.z, w.w, first, second, rest.x, rest.y, rest.z, rest.w);
-                    } else {
-                        mma_k8(sum, w.x, w.y, first, rest.x, rest.y, rest.z, rest.w);
-                    }
-                } else if (i == 0) {
-                    if (tile < MOST) {
-                        product(sum, w.x, w.y, w.z, w.w, first, second);
-                    } else {
-                        product(sum, w.x, w.y, first);
-                    }
-                } else if (tile < MOST) {
-                    add_product(sum, w.x, w.y, w.z, w.w, first, second);
+                if (tile < MOST) {
+                    if (n == 0) mma_k16(d[j], w.x, w.y, w.z, w.w, first, second, rest.x, rest.y, rest.z, rest.w);
+                    if (n > 0) add_product(d[j], w.x, w.y, w.z, w.w, first, second);
                 } else {
-                    add_product(sum, w.x, w.y, first);
-                }
-            }
-        }
-        if (TERMS > 1) {
-#pragma unroll
-            for (int j = 0; j < 4 * DUOS; j++) d[j / 4][j % 4] += fine[j / 4][j % 4];
-        }
-        if (in.cut) {  // a step of zero leaves the state as it is, C = 0 the adjoint
-#pragma unroll
-            for (int i = 0; i < T; i++) {
-                if (i >= in.left) {
-                    d[i / 2][i % 2] = d[i / 2][2 + i % 2] = -1e4f;
-                    bc[i / 2][2 + i % 2] = 0.f;
-                    in.x[i] = 0u;
+                    if (n == 0) mma_k8(d[j], w.x, w.y, first, rest.x, rest.y, rest.z, rest.w);
+                    if (n > 0) add_product(d[j], w.x, w.y, first);
                 }
             }
         }
@@ -382,7 +372,7 @@ __device__ __forceinline__ void summarize(const Steps& s, const Inputs& in, Affi
 #pragma unroll
         for (int i = 0; i < T; i++) {
             const float step = soft_step(s.input(c, i)), decay = decay_of(step, s.A[c]);
-            const float input = step * (s.B(i) * in.channel(c, i)), drive = s.C(i) * in.dy[i].get(c);
+            const float input = step * (s.B(i) * in.x[i][c]), drive = s.C(i) * in.dy[i][c];
             if (REVERSE) {
                 run[c].ascending = i ? fmaf(before, run[c].ascending, drive) : run[c].ascending + drive;
                 run[c].descending = fmaf(run[c].product, input, run[c].descending);
@@ -445,9 +435,9 @@ struct Products {            // summed over channels by the tensor cores
 };
 
 // From what enters a piece from below and from above to its gradients; `above` becomes what enters the next one.
-template <bool REVERSE>
+template <bool REVERSE, bool FIRST>
 __device__ __forceinline__ void adjoint_scan(const Steps& s, const Inputs& in, const float (&below)[2],
-                                             float (&above)[2], const char* merged, float (&dx)[2][T], Sums& sums,
+                                             float (&above)[2], float (&dx)[2][T], Sums& sums,
                                              Products& out) {
 #pragma unroll
     for (int c = 0; c < 2; c++) {
@@ -459,28 +449,29 @@ __device__ __forceinline__ void adjoint_scan(const Steps& s, const Inputs& in, c
             decay[i] = decay_of(step[i], s.A[c]);
             slope[i] = rcp(1.f + ex2(u));  // the sigmoid of the step input
         }
+        float piece_bias = 0.f;  // sums of sums err less
         float state = REVERSE ? above[c] : below[c], gradient = REVERSE ? below[c] : above[c];
 #pragma unroll
         for (int n = 0; n < T; n++) {
             const int i = REVERSE ? T - 1 - n : n;
             held[i] = decay[i] * state;
-            state = fmaf(step[i], s.B(i) * in.channel(c, i), held[i]);
-            out.C[i] = c ? fmaf(in.dy[i].get(c), state, out.C[i]) : in.dy[i].get(c) * state;
+            state = fmaf(step[i], s.B(i) * in.x[i][c], held[i]);
+            out.C[i] = c ? fmaf(in.dy[i][c], state, out.C[i]) : in.dy[i][c] * state;
         }
 #pragma unroll
         for (int n = 0; n < T; n++) {
             const int i = REVERSE ? n : T - 1 - n, previous = n == 0 ? i : REVERSE ? i - 1 : i + 1;
-            const float2& before = *reinterpret_cast<const float2*>(merged + in.place[i]);
-            const float drive = s.C(i) * in.dy[i].get(c);
+            const float drive = s.C(i) * in.dy[i][c];
             gradient = n ? fmaf(decay[previous], gradient, drive) : gradient + drive;
             const float weighted = gradient * step[i];
-            out.B[i] = c ? fmaf(weighted, in.channel(c, i), out.B[i]) : weighted * in.channel(c, i);
-            dx[c][i] = fmaf(s.B(i), weighted, c ? before.y : before.x);
+            out.B[i] = c ? fmaf(weighted, in.x[i][c], out.B[i]) : weighted * in.x[i][c];
+            dx[c][i] = FIRST ? s.B(i) * weighted : fmaf(s.B(i), weighted, dx[c][i]);
             sums.A[c] = fmaf(weighted, held[i], sums.A[c]);
-            const float d = gradient * slope[i] * fmaf(s.A[c] * LN2, held[i], s.B(i) * in.channel(c, i));
-            sums.bias[c] += d;
+            const float d = gradient * slope[i] * fmaf(s.A[c] * LN2, held[i], s.B(i) * in.x[i][c]);
+            piece_bias = n ? piece_bias + d : d;
             out.step_input[c][i] = d;
         }
+        sums.bias[c] += piece_bias;
         above[c] = REVERSE ? state : decay[0] * gradient;
         if (T == 7) out.step_input[c][SLOTS - 1] = out.B[SLOTS - 1] = out.C[SLOTS - 1] = 0.f;
 #pragma unroll
@@ -489,14 +480,13 @@ __device__ __forceinline__ void adjoint_scan(const Steps& s, const Inputs& in, c
     }
 }
 
-__device__ __forceinline__ u32 by_position(const Ranks& ranks, const Inputs& in, const char* projected, int tile, int j,
-                                           int t) {
-    return transpose8(KEEP_RANKS ? ranks.raw[tile][j] : load_rank(in, projected, tile, j, t));
+__device__ __forceinline__ u32 by_position(const Ranks& ranks, const char* stage, int tile, int j, int t) {
+    return transpose8(FRAGMENTS <= 2 ? ranks.raw[tile][j] : load_rank(stage, tile, j, t));
 }
 
 // The gradient of dt_weight: step input gradients (16 channels x 32 positions) times ranks (32 positions x RANK).
-__device__ __forceinline__ void add_weight_gradient(const Products& out, const Ranks& ranks, const Inputs& in,
-                                                    const char* projected, int t, Sums& sums) {
+__device__ __forceinline__ void add_weight_gradient(const Products& out, const Ranks& ranks, const char* stage,
+                                                    int t, Sums& sums) {
 #pragma unroll
     for (int tile = 0; tile < RANK_FRAGMENTS; tile++) {
         float sum[4];
@@ -505,8 +495,8 @@ __device__ __forceinline__ void add_weight_gradient(const Products& out, const R
 #pragma unroll
             for (int j = 0; j < DUOS; j += 2) {
                 mma_bf16(sum, out.narrow[0][j], out.narrow[1][j], out.narrow[0][j + 1],
-                         out.narrow[1][j + 1], by_position(ranks, in, projected, tile, j, t),
-                         by_position(ranks, in, projected, tile, j + 1, t));
+                         out.narrow[1][j + 1], by_position(ranks, stage, tile, j, t),
+                         by_position(ranks, stage, tile, j + 1, t));
             }
             sums.put(tile, sum);
             continue;
@@ -514,7 +504,7 @@ __device__ __forceinline__ void add_weight_gradient(const Products& out, const R
         float high_sum[4] = {}, low_sum[4] = {};
 #pragma unroll
         for (int j = 0; j < DUOS; j++) {  // two tf32 parts carry the gradient; a rank is one exactly
-            const u32 pair = by_position(ranks, in, projected, tile, j, t);
+            const u32 pair = by_position(ranks, stage, tile, j, t);
             const u32 b0 = __float_as_uint(unpack_low(pair)), b1 = __float_as_uint(unpack_high(pair));
             u32 high[4], low[4];
 #pragma unroll

@@ -59,6 +59,11 @@ __device__ __forceinline__ void add_global(float* p, float v) {
     asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory");
 }
 
+// Of many maps, whose float32 sum would err by more than their own sums do.
+__device__ __forceinline__ void add_global(double* p, float v) {
+    asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(p), "d"(double(v)) : "memory");
+}
+
 // `p` is a multiple of the size of what is added.
 __device__ __forceinline__ void add_global2(float* p, float a, float b) {
 #if __CUDA_ARCH__ >= 900
@@ -110,5 +115,47 @@ __device__ __forceinline__ u32 nearest_tf32(float v) { return (__float_as_uint(v
 __device__ __forceinline__ u32 load_once(const char* p) {
     u32 v;
     asm("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
+// 16 bytes from global to shared memory, on their way until `copies_arrived`; of `bytes` = 0 zeros.
+__device__ __forceinline__ void copy16(char* to, const char* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copies_arrived() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncwarp();
+}
+
+__device__ __forceinline__ void store_float2_if(bool yes, float2* p, float a, float b) {
+    asm volatile("{.reg .pred q; setp.ne.s32 q, %0, 0; @q st.v2.f32 [%1], {%2, %3};}" ::"r"(int(yes)), "l"(p), "f"(a),
+                 "f"(b)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_u32_if(bool yes, char* p, u32 v) {
+    asm volatile("{.reg .pred q; setp.ne.s32 q, %0, 0; @q st.global.b32 [%1], %2;}" ::"r"(int(yes)), "l"(p), "r"(v)
+                 : "memory");
+}
+
+// Keeps a value from being computed anew at every use.
+__device__ __forceinline__ void pin(float& v) { asm("" : "+f"(v)); }
+
+// ---- clusters -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// What lies at `p`, an address of this block's shared memory, in that of another block of the cluster.
+__device__ __forceinline__ float load_peer(const float* p, u32 rank) {
+    float v;
+    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %1, %2; ld.shared::cluster.f32 %0, [remote];}"
+                 : "=f"(v)
+                 : "r"(u32(__cvta_generic_to_shared(p))), "r"(rank)
+                 : "memory");
     return v;
 }
