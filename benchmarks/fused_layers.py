@@ -19,7 +19,6 @@ from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
 from vmamba.ops.convolution import triton_kernels as convolution
-from vmamba.ops.convolution.reference import depthwise_silu_reference
 from vmamba.ops.layer_norm import triton_kernels as layer_norm
 from vmamba.ops.linear import triton_kernels as linear
 from vmamba.ops.linear.triton_kernels import Tile
@@ -95,7 +94,7 @@ def mlp_both_ways(M: int, D: int) -> None:
     }
     tiles = [
         (128, 32, 0, 8, 2), (128, 32, 0, 8, 1), (64, 32, 0, 4, 2), (64, 32, 0, 4, 1), (64, 64, 0, 4, 2),
-        (64, 64, 0, 4, 1), (64, 64, 0, 4, 3), (128, 64, 0, 8, 2), (128, 64, 0, 8, 1), (32, 64, 0, 4, 2),
+        (64, 64, 0, 8, 2), (64, 32, 0, 8, 2), (128, 64, 0, 8, 2), (128, 16, 0, 8, 2),
     ]  # fmt: skip
     compare(
         f"mlp backward, {M} x {D}",
@@ -125,36 +124,6 @@ def first_layer() -> None:
         "stem's first layer, backward",
         f"forward {forward:.4f}",
         lambda tile: stem.backward(dy, x, *arguments, tile),
-        tiles,
-        whole,
-    )
-
-
-def depthwise(side: int, C: int) -> None:
-    x, dy, w = draw((BATCH, side, side, C), (BATCH, side, side, C), (9, C))
-    w, images = w.view(3, 3, C), max(1, CHECKED // side**2)
-    first, filters, dfirst = x.permute(0, 3, 1, 2), w.permute(2, 0, 1).unsqueeze(1), dy.permute(0, 3, 1, 2)
-    arguments = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], C, [True, True, False])
-    pre = F.conv2d(first, filters, padding=1, groups=C)
-    parts = {
-        "convolution": lambda: F.conv2d(first, filters, padding=1, groups=C),
-        "silu": lambda: F.silu(pre),
-        "silu's": lambda: torch.ops.aten.silu_backward(dfirst, pre),
-        "convolution's": lambda: torch.ops.aten.convolution_backward(dfirst, first, filters, *arguments),
-    }
-    leaves = [t.double().requires_grad_() for t in (x[:images], w)]
-    with torch.enable_grad():
-        exact = torch.autograd.grad(depthwise_silu_reference(*leaves), leaves, dy[:images].double())
-    for tile in (
-        tiles := [(56, 8, 32, 1), (56, 4, 32, 1), (56, 4, 64, 1), (14, 8, 32, 1), (56, 8, 64, 2), (28, 4, 32, 1)]
-    ):
-        ours = convolution.depthwise_silu_backward(dy[:images], x[:images], w.float(), None, tile)[:2]
-        print(f"  {tile}: error {error(ours, exact):.1e}")
-    whole = convolution.depthwise_silu_backward(dy, x, w.float(), None)[:2]
-    compare(
-        f"depthwise, {side} x {side} x {C}",
-        named(parts | {"ours forward": lambda: convolution.depthwise_silu(x, w.float(), None)}),
-        lambda tile: convolution.depthwise_silu_backward(dy, x, w.float(), None, tile)[:2],
         tiles,
         whole,
     )
@@ -229,7 +198,6 @@ Shapes = tuple[tuple[int, ...], ...]
 LAYERS: dict[str, tuple[Callable[..., None], Shapes]] = {
     "mlp": (mlp_both_ways, ((401408, 96), (100352, 192), (401408, 128))),
     "stem": (first_layer, ((),)),
-    "depthwise": (depthwise, ((56, 96), (28, 192), (14, 384), (7, 768))),
     "linear_gelu": (activated, ((25088, 384), (25088, 512), (6272, 768), (6272, 1024))),
     "norm_mlp": (whole_branch, ((401408, 128), (100352, 256))),
     "norms": (norms, ((401408, 96), (100352, 192), (25088, 384), (6272, 768))),

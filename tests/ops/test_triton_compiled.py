@@ -85,9 +85,7 @@ for kernel, warps, stages, constants in (
     (linear.norm_mlp_kernel, 8, 2, {"D0": 128, "D1": 64, "HIDDEN": 768, "BRANCH": False, "BM": 64, "BH": 32}),
     (stem.stem_bwd_kernel, 4, 1, {"CIN": 3, "N0": 32, "N1": 16, "BM": 64, "BK": 32}),
     (mlp.mlp_bwd_kernel, 8, 2, {"D0": 64, "D1": 32, "HIDDEN": 384, "BM": 64, "BH": 32}),
-    (convolution.depthwise_silu_kernel, 1, 2, {"C": 96, "BIAS": False, "GRAD": False, "ROWS": 14, "BW": 8, "BC": 64}),
-    (convolution.depthwise_silu_kernel, 1, 2, {"C": 96, "BIAS": True, "GRAD": True, "ROWS": 14, "BW": 8, "BC": 32}),
-    (convolution.depthwise_bwd_kernel, 1, 2, {"C": 96, "ROWS": 14, "BW": 8, "BC": 32}),
+    (convolution.depthwise_silu_kernel, 1, 2, {"C": 96, "BIAS": False, "ROWS": 14, "BW": 8, "BC": 64}),
     (convolution.conv_norm_kernel, 4, 2, {"CIN": 3, "N0": 32, "N1": 16, "ACT_GELU": True, "BM": 64, "BK": 32}),
     (layer_norm.layer_norm_bwd_kernel, 4, 2, {"D": 96, "SKIP": True, "BM": 16, "BD": 128}),
     (layer_norm.add_norm_kernel, 4, 2, {"D": 384, "E": 0, "BM": 4, "BD": 512, "BE": 1}),
@@ -96,7 +94,7 @@ for kernel, warps, stages, constants in (
 ):
     kinds = {"w1_ptr": "bf16", "w2_ptr": "bf16", "y_ptr": "bf16", "residual_ptr": "bf16", "dx_ptr": "bf16"}
     kinds |= {"dy_ptr": "bf16", "hidden_ptr": "bf16", "dpre_ptr": "bf16", "b1_ptr": "fp32", "b2_ptr": "fp32"}
-    kinds |= {"branch_ptr": "bf16", "sum_ptr": "bf16", "dpre_ptr": "bf16"}
+    kinds |= {"branch_ptr": "bf16", "sum_ptr": "bf16"}
     compile_kernel(kernel, "bf16", kinds, num_warps=warps, num_stages=stages, **constants)
 print("compiled")
 """

@@ -1,31 +1,19 @@
-"""Convolutions with what follows them in VMamba in one kernel: GPUs only, by Triton.
-
-`depthwise_silu` has gradients; `conv_norm` is for inference.
-"""
+"""Convolutions with what follows them in VMamba in one kernel, for inference: GPUs only, by Triton, no gradients."""
 
 from types import ModuleType
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from vmamba.ops.linear.api import split_channels, why_not
 from vmamba.ops.operator import operator
 
 
-def takes_depthwise(x: Tensor) -> bool:
-    """Whether `depthwise_silu` can run on a tensor."""
-    return why_not(x) is None
-
-
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Convolve each channel with its own 3×3 filter, size kept, and apply SiLU; with gradients.
-
-    Nothing but x is kept for the backward pass, which computes the convolution anew.
+    """Convolve each channel with its own 3×3 filter, size kept, and apply SiLU.
 
     Args:
         x: (B, H, W, C), float16 or bfloat16.
-        weight: (3, 3, C), of any floating dtype.
+        weight: (3, 3, C).
         bias: (C).
 
     Returns:
@@ -38,8 +26,7 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         raise ValueError(
             f"depthwise_silu: x (B, H, W, C) and weight (3, 3, C) do not agree: {tuple(x.shape)}, {tuple(weight.shape)}"
         )
-    y: Tensor = _depthwise_silu(x, weight, bias)
-    return y
+    return _depthwise_silu(x, weight, bias)
 
 
 def conv_norm(
@@ -90,33 +77,6 @@ def _depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @_depthwise_silu.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
-
-
-@operator("vmamba::depthwise_silu_backward")
-def _depthwise_silu_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = _kernels(x).depthwise_silu_backward(dy.contiguous(), x.contiguous(), weight.contiguous(), bias)
-    return dx, dweight, dbias
-
-
-@_depthwise_silu_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    dweight = x.new_empty(weight.shape, dtype=torch.float32)
-    return x.new_empty(x.shape), dweight, dweight.new_empty(x.shape[-1])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors
-    dx, dweight, dbias = _depthwise_silu_backward(dy.to(x.dtype), x, weight, bias)
-    return dx, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
-
-
-_depthwise_silu.register_autograd(_backward, _setup_context)
 
 
 @operator("vmamba::conv_norm")

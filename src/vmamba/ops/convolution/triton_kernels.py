@@ -1,10 +1,9 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
-"""Convolutions of channels-last maps with what surrounds them in VMamba.
+"""Convolutions of channels-last maps with what surrounds them in VMamba, for inference.
 
-`depthwise_silu`: 3×3 depthwise convolution, size kept, and SiLU, in both directions. `conv_norm`: 3×3 convolution of
-stride 2, LayerNorm over the channels and perhaps GELU, as in the stem: a program holds all channels of its positions,
-so the norm needs no second pass. Maps are [B, H, W, C]; positions of the result are counted through the batch, M =
-B·H·W of them.
+`depthwise_silu`: 3×3 depthwise convolution, size kept, and SiLU. `conv_norm`: 3×3 convolution of stride 2, LayerNorm
+over the channels and perhaps GELU, as in the stem: a program holds all channels of its positions, so the norm needs no
+second pass. Maps are [B, H, W, C]; positions of the result are counted through the batch, M = B·H·W of them.
 """
 
 import torch
@@ -19,10 +18,10 @@ from vmamba.ops.linear.triton_kernels import gelu
 
 @triton.jit
 def depthwise_silu_kernel(
-    x_ptr, w_ptr, b_ptr, dy_ptr, y_ptr, H, W,
-    C: constexpr, BIAS: constexpr, GRAD: constexpr, ROWS: constexpr, BW: constexpr, BC: constexpr,
+    x_ptr, w_ptr, b_ptr, y_ptr, H, W,
+    C: constexpr, BIAS: constexpr, ROWS: constexpr, BW: constexpr, BC: constexpr,
 ):  # fmt: skip
-    """ROWS rows of y, BW columns wide, BC channels; with GRAD, of the gradient before SiLU. Weights are [3, 3, C].
+    """ROWS rows of y, BW columns wide, BC channels. Weights are [3, 3, C].
 
     A row of x is read once (three times, shifted by a column) and added to the three rows of y that it belongs to.
     """
@@ -39,8 +38,6 @@ def depthwise_silu_kernel(
     m, m_left, m_right = m_c & m_w, m_c & ((o_w > 0) & (o_w <= W))[:, None], m_c & (o_w < W - 1)[:, None]
     offset = o_w[:, None] * C + o_c[None, :]
     p_x, p_y = x_ptr + base + offset, y_ptr + base + offset
-    if GRAD:
-        p_dy = dy_ptr + base + offset
     r_c = tl.minimum(o_c, C - 1)
     w00, w01, w02 = tl.load(w_ptr + r_c), tl.load(w_ptr + C + r_c), tl.load(w_ptr + 2 * C + r_c)
     w10, w11, w12 = tl.load(w_ptr + 3 * C + r_c), tl.load(w_ptr + 4 * C + r_c), tl.load(w_ptr + 5 * C + r_c)
@@ -60,75 +57,8 @@ def depthwise_silu_kernel(
         b_y = b_above + left * w20[None, :] + here * w21[None, :] + right * w22[None, :]
         b_above = b_here + left * w10[None, :] + here * w11[None, :] + right * w12[None, :]
         b_here = b_start + left * w00[None, :] + here * w01[None, :] + right * w02[None, :]
-        b_sigmoid = 1.0 / (1.0 + tl.exp(-b_y))
-        if GRAD:
-            b_dy = tl.load(p_dy + (h - 1) * W * C, mask=m & (i_h > h0), other=0.0).to(tl.float32)
-            b_y = b_dy * b_sigmoid * (1.0 + b_y * (1.0 - b_sigmoid))
-        else:
-            b_y = b_y * b_sigmoid
+        b_y = b_y / (1.0 + tl.exp(-b_y))
         tl.store(p_y + (h - 1) * W * C, b_y.to(y_ptr.dtype.element_ty), mask=m & (i_h > h0))
-
-
-@triton.jit
-def depthwise_bwd_kernel(
-    dpre_ptr, x_ptr, w_ptr, dx_ptr, partial_ptr, H, W,
-    C: constexpr, ROWS: constexpr, BW: constexpr, BC: constexpr,
-):  # fmt: skip
-    """ROWS rows of dx, BW columns wide, BC channels, and sums [10, BC] over them for the nine taps and the bias.
-
-    A row of the gradient is read once (three times, shifted) and meets the three rows of x and of dx around it.
-    """
-    strips: constexpr = (C + BC - 1) // BC
-    o_c = tl.program_id(0) % strips * BC + tl.arange(0, BC)
-    tiles_w = tl.cdiv(W, BW)
-    rest = tl.program_id(0) // strips
-    p_partial = partial_ptr + rest.to(tl.int64) * 10 * C + o_c
-    o_w = rest % tiles_w * BW + tl.arange(0, BW)
-    rest //= tiles_w
-    tiles_h = tl.cdiv(H, ROWS)
-    h0 = rest % tiles_h * ROWS
-    h1 = tl.minimum(h0 + ROWS, H)
-    base = (rest // tiles_h).to(tl.int64) * H * W * C
-    m_c, m_w = (o_c < C)[None, :], (o_w < W)[:, None]
-    m, m_left, m_right = m_c & m_w, m_c & ((o_w > 0) & (o_w <= W))[:, None], m_c & (o_w < W - 1)[:, None]
-    offset = o_w[:, None] * C + o_c[None, :]
-    p_x, p_dx, p_dpre = x_ptr + base + offset, dx_ptr + base + offset, dpre_ptr + base + offset
-    r_c = tl.minimum(o_c, C - 1)
-    w00, w01, w02 = tl.load(w_ptr + r_c), tl.load(w_ptr + C + r_c), tl.load(w_ptr + 2 * C + r_c)
-    w10, w11, w12 = tl.load(w_ptr + 3 * C + r_c), tl.load(w_ptr + 4 * C + r_c), tl.load(w_ptr + 5 * C + r_c)
-    w20, w21, w22 = tl.load(w_ptr + 6 * C + r_c), tl.load(w_ptr + 7 * C + r_c), tl.load(w_ptr + 8 * C + r_c)
-    zero = tl.zeros([BW, BC], tl.float32)
-    d00, d01, d02, d10, d11, d12, d20, d21, d22, db = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
-    b_dx_above, b_dx_here = zero, zero  # the rows of dx above the one at hand, and at it: they lack taps
-    x_above, x_here = zero, zero  # zero outside the ROWS rows, so that no product is counted by two programs
-    for h in range(h0 - 1, h1 + 1):
-        i_h = tl.full([1, 1], 0, tl.int32) + h
-        inside = (i_h >= 0) & (i_h < H)
-        p_row = p_dpre + h * W * C
-        left = tl.load(p_row - C, mask=m_left & inside, other=0.0).to(tl.float32)
-        here = tl.load(p_row, mask=m & inside, other=0.0).to(tl.float32)
-        right = tl.load(p_row + C, mask=m_right & inside, other=0.0).to(tl.float32)
-        x_below = tl.load(p_x + (h + 1) * W * C, mask=m & (i_h + 1 < h1), other=0.0).to(tl.float32)
-        # y at w took x at w − 1, w, w + 1 with taps 0, 1, 2: dx at w takes the gradient at w + 1, w, w − 1 with them.
-        b_dx = b_dx_above + right * w00[None, :] + here * w01[None, :] + left * w02[None, :]
-        b_dx_above = b_dx_here + right * w10[None, :] + here * w11[None, :] + left * w12[None, :]
-        b_dx_here = right * w20[None, :] + here * w21[None, :] + left * w22[None, :]
-        tl.store(p_dx + (h - 1) * W * C, b_dx.to(dx_ptr.dtype.element_ty), mask=m & (i_h > h0))
-        d00 += x_above * right
-        d01 += x_above * here
-        d02 += x_above * left
-        d10 += x_here * right
-        d11 += x_here * here
-        d12 += x_here * left
-        d20 += x_below * right
-        d21 += x_below * here
-        d22 += x_below * left
-        db += tl.where((i_h >= h0) & (i_h < h1), here, 0.0)
-        x_above = x_here
-        x_here = x_below
-    taps = (d00, d01, d02, d10, d11, d12, d20, d21, d22, db)
-    for i in tl.static_range(10):
-        tl.store(p_partial + i * C, tl.sum(taps[i], 0), mask=o_c < C)
 
 
 @triton.jit
@@ -239,28 +169,9 @@ def depthwise_silu(
     grid = (B * triton.cdiv(H, rows) * triton.cdiv(W, columns) * triton.cdiv(C, channels),)
     with torch.cuda.device_of(x):
         depthwise_silu_kernel[grid](
-            x, weight, bias, None, y, H, W, C, bias is not None, False, rows, columns, channels, num_warps=warps
+            x, weight, bias, y, H, W, C, bias is not None, rows, columns, channels, num_warps=warps
         )
     return y
-
-
-def depthwise_silu_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tile: tuple[int, int, int, int] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of x [B, H, W, C] in its dtype, and of weight [3, 3, C] and bias [C] in float32."""
-    B, H, W, C = x.shape
-    rows, columns, channels, warps = tile or (min(H, 56), 8, 32, 1)
-    programs = B * triton.cdiv(H, rows) * triton.cdiv(W, columns)
-    grid = (programs * triton.cdiv(C, channels),)
-    dpre, dx = torch.empty_like(x), torch.empty_like(x)
-    partial = torch.empty(programs, 10, C, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        depthwise_silu_kernel[grid](
-            x, weight, bias, dy, dpre, H, W, C, bias is not None, True, rows, columns, channels, num_warps=warps
-        )
-        depthwise_bwd_kernel[grid](dpre, x, weight, dx, partial, H, W, C, rows, columns, channels, num_warps=warps)
-    total = partial.sum(0)
-    return dx, total[:9].view(3, 3, C).clone(), total[9].clone()
 
 
 def conv_norm(

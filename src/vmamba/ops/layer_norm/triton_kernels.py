@@ -120,7 +120,9 @@ def backward(
     """Compute the gradients of x [M, D] (with `skip` added), γ and β [D], both float32."""
     M, D = x.shape
     width = triton.next_power_of_2(D)
-    rows, warps, programs_each = tile or (max(1, min(16, 2048 // width)), 4, 4)
+    rows, warps, programs_each = tile or (
+        (8, 4, 8) if width == 128 and skip is None else (max(1, min(16, 2048 // width)), 4, 4)
+    )
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     programs = min(triton.cdiv(M, rows), programs_each * processors)
     dx = torch.empty_like(x)

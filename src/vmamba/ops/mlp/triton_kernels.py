@@ -90,7 +90,7 @@ def backward(
     """Compute dx [M, D], the hidden activations and the gradient before them [M, hidden], and b1's gradient."""
     (M, D), hidden = x.shape, w1.shape[0]
     if tile is None:
-        tile = Tile(64, 64, 0, 4, 2) if D <= 128 else Tile(128, 64, 0, 8, 2)
+        tile = Tile(64, 64, 0, 4, 3 if D <= 96 else 2) if D <= 128 else Tile(128, 64, 0, 8, 2)
         tile = tile if _has_room(x) else Tile(64, 32, 0, 4, 1)
         tile = tile if M > MANY_ROWS else Tile(32, 32, 0, 4, 2)
     assert HIDDEN_STEP % tile.columns == 0
