@@ -46,7 +46,7 @@ def test_depthwise_silu(
     x, w, b = torch.randn(2, H, W, 20), torch.randn(3, 3, 20), torch.randn(20)
     y = torch.full_like(x, torch.nan)
     grid = (2 * -(-H // rows) * -(-W // columns) * 2,)
-    depthwise_silu_kernel[grid](x, w, b, None, y, H, W, 20, bias, False, rows, columns, 16)
+    depthwise_silu_kernel[grid](x, w, b, y, H, W, 20, bias, rows, columns, 16)
     check(y, reference.depthwise_silu_reference, (x, w, b) if bias else (x, w), assert_accurate)
 
 
