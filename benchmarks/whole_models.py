@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--figures", nargs="+", choices=FIGURES, default=FIGURES)
     parser.add_argument("--sizes", nargs="+", choices=("tiny", "small", "base"), default=["tiny", "small", "base"])
     parser.add_argument("--compiled", nargs="+", choices=get_args(CompileMode), help="modes of torch.compile")
+    parser.add_argument("--models", nargs="+", help="only these of each row; by default all")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=0.3, help="a turn of a model lasts about this long")
     parser.add_argument("--profile", nargs="+", metavar="MODEL", help="kernels of these models, nothing else")
@@ -122,6 +123,7 @@ def main() -> None:
         sizes = arguments.sizes if figure in ("inference", "training") else ["tiny"]
         for size, mode in itertools.product(sizes, arguments.compiled or modes):
             for peer, workloads in rows_of(figure, size, mode):
+                workloads = [w for w in workloads if arguments.models is None or w.model in arguments.models]
                 torch._dynamo.reset()
                 measured = measure(workloads, "cuda", rounds=arguments.rounds, seconds_a_round=arguments.seconds)
                 results = compare(measured, peer)
