@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("check", "ladder", "scaling", "report"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.25, help="a turn of a model lasts about this long")
+    parser.add_argument("--modes", nargs="+", choices=("inference", "training"), default=("inference", "training"))
     parser.add_argument("--compile-training", action="store_true", help="also time the compiled row in training")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
@@ -129,14 +130,18 @@ def main() -> None:
         torch.backends.cudnn.allow_tf32 = True
     torch.set_float32_matmul_precision("high")
     if arguments.only in (None, "ladder"):
-        inference = measure_ladder("cuda", modes=["inference"], **pace)
-        write_csv(arguments.output / "ladder.csv", ladder_table(inference, "cuda"))
-        show(inference)
-        eager = [step for step in LADDER if not step.fused and (arguments.compile_training or not step.compiled)]
-        training = {row.step: row.training for row in measure_ladder("cuda", steps=eager, modes=["training"], **pace)}
-        rows = [replace(row, training=training.get(row.step)) for row in inference]
-        write_csv(arguments.output / "ladder.csv", ladder_table(rows, "cuda"))
-        show(rows)
+        rows = count_ladder()
+        if "inference" in arguments.modes:
+            rows = measure_ladder("cuda", modes=["inference"], **pace)
+            write_csv(arguments.output / "ladder.csv", ladder_table(rows, "cuda"))
+            show(rows)
+        if "training" in arguments.modes:
+            eager = [step for step in LADDER if not step.fused and (arguments.compile_training or not step.compiled)]
+            measured = measure_ladder("cuda", steps=eager, modes=["training"], **pace)
+            training = {row.step: row.training for row in measured}
+            rows = [replace(row, training=training.get(row.step)) for row in rows]
+            write_csv(arguments.output / "ladder.csv", ladder_table(rows, "cuda"))
+            show(rows)
     if arguments.only in (None, "scaling"):
         scaling = measure_scaling(PEERS, SIZES, "cuda", **pace)
         write_csv(arguments.output / "scaling.csv", scaling_table(scaling, "cuda"))
