@@ -15,7 +15,7 @@ from vmamba.deployment.accuracy import compare_on
 from vmamba.deployment.export import ExportFailedError, export, sample_photographs
 from vmamba.deployment.files import Description, load_exported
 from vmamba.deployment.onnx_model import to_onnx
-from vmamba.deployment.program import FeatureMaps, OpenPooling, trace
+from vmamba.deployment.program import FeatureMaps, OpenPooling, keep_linear_whole, prepared, trace
 from vmamba.models import VMambaBackbone
 
 SHAPES = [(1, 64, 64), (5, 97, 161), (1, 32, 32), (2, 64, 96)]
@@ -260,3 +260,15 @@ def test_accuracy_beside_the_model(model, onnx_report):
         batch = torch.stack([transform(images.read(i)) for i in range(40)])
         right = (model(batch).argmax(1).numpy() == images.targets).mean()
     assert compared.model == pytest.approx(right)
+
+
+def test_linear_layers_kept_whole_for_compilers(model):
+    program = trace(model)
+    count = sum(node.target is torch.ops.aten.linear.default for node in program.graph.nodes)
+    keep_linear_whole(program)
+    targets = [node.target for node in program.graph.nodes]
+    assert torch.ops.aten.linear.default not in targets
+    assert targets.count(torch.ops.vmamba.whole_linear.default) == count > 0
+    images = torch.randn(3, 3, 40, 70)
+    with torch.no_grad():
+        assert torch.equal(program.module()(images)[0], prepared(model)(images)[0])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vmamba import __version__
 from vmamba.deployment.files import SUFFIXES, Description, ExportedModel, Format, load_exported
-from vmamba.deployment.program import flat_outputs, prepared, trace
+from vmamba.deployment.program import flat_outputs, keep_linear_whole, prepared, trace
 from vmamba.deployment.quantize import Quantization, quantize
 
 Precision = Literal["float32", "float16"]
@@ -276,6 +276,10 @@ def _write(
         torch.export.save(program, str(draft), extra_files=dict(metadata))
     elif format == "aoti":
         settings: dict[str, Any] = {"aot_inductor.metadata": dict(metadata)}
+        if img_size is None and next(model.parameters()).device.type == "cpu":
+            keep_linear_whole(program)
+            # It takes (B, H, W, C) for (B, C, H, W), and where sizes are open stores the residual stream in that order.
+            settings["layout_optimization"] = False
         torch._inductor.aoti_compile_and_package(program, package_path=str(draft), inductor_configs=settings)
     else:
         from vmamba.deployment.onnx_model import save_onnx, to_onnx

@@ -15,6 +15,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from vmamba.models.ss2d import SS2D
 from vmamba.models.vmamba import VMamba
+from vmamba.ops.linear.whole import whole_linear
 
 # Neither is 1, which tracing would take for a constant, nor alike, which it would take for one and the same size.
 _EXAMPLE = (2, 96, 128)
@@ -135,6 +136,15 @@ def trace(model: nn.Module, in_chans: int = 3, img_size: tuple[int, int] | None 
         program = torch.export.export(wrapped, (example,), dynamic_shapes=(dynamic,))
     _admit_single(program)
     return program
+
+
+def keep_linear_whole(program: ExportedProgram) -> None:
+    """Replace the linear layers of a program by `vmamba.ops.linear.whole`, in place."""
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.linear.default:
+            node.target = whole_linear.registered
+            node.args = (*node.args, None) if len(node.args) == 2 else node.args
+    program.graph_module.recompile()
 
 
 def _admit_single(program: ExportedProgram) -> None:
