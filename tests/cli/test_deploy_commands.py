@@ -37,6 +37,21 @@ def test_export_and_what_the_file_says(vmamba, weights, tmp_path):
     assert "cannot listen at no such host" in served.err
 
 
+@pytest.mark.slow  # a process of its own
+def test_export_told_to_end_leaves_nothing(tmp_path):
+    words = [sys.executable, "-m", "vmamba", "export", "vmamba_tiny", str(tmp_path / "x.onnx"), "--pretrained", "false"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.iterdir()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert "told to end" in process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_export_of_a_segmentation_model(vmamba, tmp_path):
     from vmamba.tasks.segmentation import create_segmenter
     from vmamba.tasks.segmentation_checkpoint import save_segmentation_checkpoint

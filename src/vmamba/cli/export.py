@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from vmamba.cli.arguments import UsageError, parse
 
@@ -76,6 +78,8 @@ def run(argv: Sequence[str]) -> int:
     if options.data and subject.classifier is None:
         raise ValueError("--data measures accuracy, which is a matter of --task classification")
     told = subject.description
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _leave)
     print(f"exporting {told.source}: {told.task} to {target} ({format}, {options.precision})", file=sys.stderr)
     report = export(
         subject.model,
@@ -93,6 +97,12 @@ def run(argv: Sequence[str]) -> int:
     if options.data and subject.classifier is not None:
         _print_accuracy(subject.classifier, target, options.data, options.device)
     return 0
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    """End as an exception does, so that the folder of the draft is taken away."""
+    print("vmamba export: told to end", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 @dataclass(frozen=True)
