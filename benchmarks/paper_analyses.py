@@ -99,6 +99,9 @@ def report(path: Path) -> None:
         cells = [row.step.label, row.step.change, f"{row.params / 1e6:.1f}", f"{row.gflops:.2f}"]
         print("| " + " | ".join([*cells, published[0], here[0], published[1], here[1], memory]) + " |")
     for mode in ("inference", "training"):
+        if not any(row.measured[mode] for row in rows):
+            print(f"\n{mode.capitalize()} is not measured.")
+            continue
         pairs = ", ".join(f"{a}–{b}" for a, b in reversals(rows, mode))
         print(f"\nNeighbours that go the other way than published, {mode}: {pairs or 'none'}.")
     png, svg = save_figure(

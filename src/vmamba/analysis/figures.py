@@ -91,11 +91,17 @@ def draw_stages(parts: Sequence[tuple[str, float]], title: str) -> Figure:
 
 
 def draw_ladder(rows: Sequence[LadderRow], machine: str) -> Figure:
-    """Draw the staircase: every step's speed over the first one's, measured beside published; numbers are images/s."""
-    figure, both = new_figure(7.2, 2, 1, sharex=True)
+    """Draw the staircase: every step's speed over the first one's, measured beside published; numbers are images/s.
+
+    A panel for inference and one for training; where only one of them was measured, that one.
+    """
+    modes = [mode for mode in ("inference", "training") if any(row.measured[mode] for row in rows)]
+    modes = modes or ["inference", "training"]
+    figure, grid = new_figure(0.6 + 3.3 * len(modes), len(modes), 1, sharex=True, squeeze=False)
+    panels = list(grid.flat)
     labels = [row.step.label.replace(", ", ",\n") for row in rows]
     places = np.arange(len(rows))
-    for axes, mode in zip(both, ("inference", "training"), strict=True):
+    for axes, mode in zip(panels, modes, strict=True):
         paper = [row.step.throughput if mode == "inference" else row.step.train_throughput for row in rows]
         here = [row.measured[mode] for row in rows]  # type: ignore[index]
         highest = 1.0
@@ -111,9 +117,9 @@ def draw_ladder(rows: Sequence[LadderRow], machine: str) -> Figure:
                 axes.text(place, speed / base + 0.02 * highest, f"{speed:,.0f}", **text)
         axes.set(ylabel=f"{mode} speed over Vanilla's", ylim=(0, 1.13 * highest))
         _finish(axes)
-    both[0].legend(frameon=False, loc="upper left")
-    both[1].set_xticks(places, labels, fontsize=9)
-    both[1].set_xlabel("step of the ladder")
+    panels[0].legend(frameon=False, loc="upper left")
+    panels[-1].set_xticks(places, labels, fontsize=7.5)
+    panels[-1].set_xlabel("step of the ladder")
     return figure
 
 
