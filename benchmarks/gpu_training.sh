@@ -8,8 +8,9 @@ here=$(dirname "$0")
 mkdir -p "$out"
 case $what in
 two)
-    CUDA_VISIBLE_DEVICES=0 python "$here/data_parallel.py" --output "$out" --compile --workers 15
-    python -m torch.distributed.run --nproc-per-node 2 "$here/data_parallel.py" --output "$out" --compile --workers 15 \
+    CUDA_VISIBLE_DEVICES=0 python "$here/data_parallel.py" --output "$out" --compile --compile_mode reduce-overhead --workers 15
+    python -m torch.distributed.run --nproc-per-node 2 "$here/data_parallel.py" --output "$out" --compile \
+        --compile_mode reduce-overhead --workers 15 \
         --compare "$out/1.json"
     python -m torch.distributed.run --nproc-per-node 2 "$here/data_parallel.py" --output "$out" --model vmamba_nano \
         --img_size 64 --batch 32 --parallel fsdp --skip gradients,decoded --workers 2
