@@ -24,8 +24,10 @@ def weights(tmp_path):
 
 
 def test_export_and_what_the_file_says(vmamba, weights, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
     outcome = vmamba("export", weights, "out.onnx", "--data", "digits")
     assert outcome.status == 0, outcome.err
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert "largest difference from the model in PyTorch" in outcome.out
     assert "accuracy on 359 held-out images" in outcome.out
     told = load_exported(tmp_path / "out.onnx").description

@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -78,31 +79,43 @@ def run(argv: Sequence[str]) -> int:
     if options.data and subject.classifier is None:
         raise ValueError("--data measures accuracy, which is a matter of --task classification")
     told = subject.description
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _leave)
-    print(f"exporting {told.source}: {told.task} to {target} ({format}, {options.precision})", file=sys.stderr)
-    report = export(
-        subject.model,
-        target,
-        told,
-        format=format,
-        precision=options.precision,
-        quantization=options.quantization,
-        device=options.device,
-        photographs=_photographs(options.images),
-        img_size=None if options.img_size is None else (options.img_size, options.img_size),
-        overwrite=options.overwrite,
-    )
+    numbers = options.precision if options.quantization == "none" else options.quantization
+    print(f"exporting {told.source}: {told.task} to {target} ({format}, {numbers})", file=sys.stderr)
+    with _leaving_on_sigterm():
+        report = export(
+            subject.model,
+            target,
+            told,
+            format=format,
+            precision=options.precision,
+            quantization=options.quantization,
+            device=options.device,
+            photographs=_photographs(options.images),
+            img_size=None if options.img_size is None else (options.img_size, options.img_size),
+            overwrite=options.overwrite,
+        )
     _print(report)
     if options.data and subject.classifier is not None:
         _print_accuracy(subject.classifier, target, options.data, options.device)
     return 0
 
 
-def _leave(number: int, frame: object) -> NoReturn:
-    """End as an exception does, so that the folder of the draft is taken away."""
-    print("vmamba export: told to end", file=sys.stderr)
-    raise SystemExit(128 + number)
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as an exception does, so that the folder of the draft is taken away."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        print("vmamba export: told to end", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)
@@ -276,7 +289,7 @@ def _print(report: ExportReport) -> None:
     for difference in report.differences:
         batch, height, width = difference.shape
         print(f"  {batch} × {height}×{width}: differs by {difference.relative:.1e}, {1e3 * difference.seconds:.0f} ms")
-    print(f"largest difference from the model in PyTorch: {report.largest:.1e} (allowed: {report.bound:.0e})")
+    print(f"largest difference from the model in PyTorch: {report.largest:.1e} (allowed: {report.bound:.2g})")
     print(f"wrote {report.path} ({report.megabytes:.1f} MB)")
 
 
