@@ -90,6 +90,20 @@ def test_every_map_that_one_block_holds_has_a_plan_that_fits(device):
             assert not isinstance(plan, ClusterPlan)
 
 
+def test_lines_are_taken_only_where_they_were_measured_to_win():
+    def chosen(height, width, rank, channels, batch=128):
+        return plan_forward(Problem(height, width, rank, channels // 16, batch), H200)
+
+    assert chosen(7, 7, 48, 768) == LinePlan(7, 1, quad=4, teams=2, blocks=3)
+    assert chosen(14, 14, 6, 96, 2675) == LinePlan(7, 1, quad=2, teams=2, blocks=4)
+    assert chosen(14, 14, 24, 384) == LinePlan(14, 1, quad=2, teams=2, blocks=3, ahead=0)
+    assert chosen(28, 28, 12, 192) == LinePlan(14, 2, blocks=3)
+    assert chosen(56, 56, 6, 96) == LinePlan(8, 8)
+    assert chosen(20, 20, 12, 192) == TablePlan(8, 2, blocks=4)
+    for side in (8, 10, 13, 16, 24, 40, 42):
+        assert isinstance(chosen(side, side, 12, 192), TablePlan)
+
+
 def test_larger_maps_take_clusters():
     for height, width in [(64, 64), (65, 97), (300, 20), (20, 300), (128, 128), (200, 200), (2, 12000), (1, 30000)]:
         for batch in (1, 4, 500):

@@ -299,7 +299,7 @@ def _table_plan(problem: Problem, device: Device) -> TablePlan:
     chunks = -(-problem.length // 32)
     if device.clusters and 2 * problem.batch * problem.groups <= device.multiprocessors:
         return TablePlan(8, min(16, 1 << (chunks - 1).bit_length()), apart=True)
-    if chunks <= 13:
+    if chunks <= 12:
         images = 2 if chunks <= 2 else 1
         for teams in (8, 4, 2):  # teams that do not divide the groups would leave warps idle
             staged = TablePlan(8, 1, images, teams=teams, staged=True, blocks=8 // teams)
@@ -314,22 +314,21 @@ def _table_plan(problem: Problem, device: Device) -> TablePlan:
 
 
 def _line_plan(problem: Problem) -> LinePlan | None:
-    """Give the plan for maps whose sides have a common span; each choice below is the fastest of those measured."""
+    """Give the plan for maps whose sides have a common span of a length that was measured to beat the tables."""
     common = math.gcd(problem.height, problem.width)
-    for largest, highest, spans, make in _LINE_PLANS:
-        for span in spans if problem.length <= largest and problem.rank <= highest else ():
-            if common % span == 0:
-                return make._replace(span=span)
+    for smallest, largest, highest, plan in _LINE_PLANS:
+        if smallest <= problem.length <= largest and problem.rank <= highest and common % plan.span == 0:
+            return plan
     return None
 
 
-# The most positions, the highest rank, the spans to try, the plan.
+# Fewest and most positions, highest rank, plan. Spans of 10 lost to the tables at 20x20, of 14 at 56x56.
 _LINE_PLANS = (
-    (64, 64, (7, 8), LinePlan(7, 1, quad=4, teams=2, blocks=3)),
-    (200, 6, (7,), LinePlan(7, 1, quad=2, teams=2, blocks=4)),
-    (400, 64, (14, 10, 8), LinePlan(14, 1, quad=2, teams=2, blocks=3, ahead=0)),
-    (1600, 64, (14, 10, 8), LinePlan(14, 2, blocks=3)),
-    (10**9, 64, (8, 10, 14), LinePlan(8, 8)),
+    (1, 64, 64, LinePlan(7, 1, quad=4, teams=2, blocks=3)),
+    (65, 200, 6, LinePlan(7, 1, quad=2, teams=2, blocks=4)),
+    (65, 400, 64, LinePlan(14, 1, quad=2, teams=2, blocks=3, ahead=0)),
+    (401, 1600, 64, LinePlan(14, 2, blocks=3)),
+    (1601, 10**9, 64, LinePlan(8, 8)),
 )
 
 
