@@ -102,10 +102,20 @@ def test_blocks_share_a_map_where_maps_are_large_and_few(shape, cluster):
     assert cuda_backward.plan_backward(length, rank, items, SHARED["A100"], bf16, maps, 0).cluster == 1
 
 
-@pytest.mark.parametrize("length", [28 * 28, 14 * 14])
-def test_pieces_cover_maps_of_a_224_pixel_image_exactly(length):
-    plan = cuda_backward.plan_backward(length, 12, cuda_backward.operand_items(12, bf16, f32), SHARED["H200"])
-    assert plan.chunks * 4 * plan.span == length
+def test_pieces_cover_a_map_of_14_by_14_exactly():
+    plan = cuda_backward.plan_backward(14 * 14, 12, cuda_backward.operand_items(12, bf16, f32), SHARED["H200"])
+    assert plan.chunks * 4 * plan.span == 14 * 14
+
+
+def test_twelve_warps_take_maps_of_28_by_28_up_to_rank_16():
+    def cut(length, rank, limit=SHARED["H200"]):
+        plan = cuda_backward.plan_backward(length, rank, cuda_backward.operand_items(rank, bf16, f32), limit)
+        return plan.span, plan.warps, plan.blocks, plan.spill, plan.stages
+
+    assert cut(28 * 28, 12) == (4, 4, 3, False, 1)
+    assert cut(28 * 28, 24) == (8, 4, 1, False, 2)
+    assert cut(28 * 28, 12, SHARED["A100"]) == (8, 4, 1, False, 2)  # three maps do not fit
+    assert cut(56 * 56, 6) == (8, 8, 1, True, 2)
 
 
 def test_says_why_not():

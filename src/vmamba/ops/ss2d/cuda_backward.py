@@ -20,7 +20,7 @@ _SMALL = 256  # maps of so many positions are one warp's work
 _LARGEST = 2**26  # positions
 # Span, warps a block, blocks a multiprocessor; whether the merged map lies in the workspace; chunks staged at once.
 # Twelve warps have 168 registers a thread, eight or fewer 255. The first cut of most warps that fits is taken.
-_LARGE_MAPS = ((7, 4, 2, False, 2), (8, 4, 2, False, 2), (8, 4, 1, False, 2))
+_LARGE_MAPS = ((4, 4, 3, False, 1), (7, 4, 2, False, 2), (8, 4, 2, False, 2), (8, 4, 1, False, 2))
 _LARGER_MAPS = ((8, 8, 1, True, 2), (8, 4, 1, True, 2), (4, 2, 1, True, 2))
 _SMALL_MAPS = tuple((span, *cut, False, 1) for cut in ((4, 2), (2, 2), (2, 1), (1, 1)) for span in (7, 8, 4))
 _LARGEST_CLUSTER = 16
@@ -155,6 +155,8 @@ def plan_backward(
             while cluster < _LARGEST_CLUSTER and maps * cluster < _CLUSTERED * places:
                 cluster *= 2
         plans = [_fill_in(length, rank, items, dy_dtype, cut, cluster) for cut in cuts]
+        # Twelve warps were measured to win only where the sums of dt_weight lie in registers.
+        plans = [plan for plan in plans if not (plan.team and plan.stash and plan.warps * plan.blocks > 8)]
         plans = [plan for plan in plans if plan.blocks * (plan.shared_bytes + 1024) <= shared_limit + 1024]
         if plans:  # the most warps of a multiprocessor, then the fewest slots
             return min(plans, key=lambda plan: (-plan.warps * plan.blocks, plan.span * plan.pieces))
