@@ -1,5 +1,7 @@
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -52,6 +54,32 @@ def test_export_told_to_end_leaves_nothing(tmp_path):
     assert "told to end" in process.communicate(timeout=60)[1]
     assert process.returncode == 143
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow  # a server in a process of its own
+@pytest.mark.parametrize(
+    ("number", "status", "message"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "told to end")]
+)
+def test_demo_told_to_end_leaves_nothing(weights, tmp_path, number, status, message):
+    (tmp_path / "temporary").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "vmamba", "demo", str(weights), "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
+    )
+    assert process.stdout is not None
+    assert "the page is at" in process.stdout.readline()
+    assert list((tmp_path / "temporary").glob("vmamba-demo-*"))
+    process.send_signal(number)
+    assert message in process.communicate(timeout=60)[1]
+    assert process.returncode == status
+    assert not list((tmp_path / "temporary").glob("vmamba-demo-*"))
 
 
 def test_export_of_a_segmentation_model(vmamba, tmp_path):

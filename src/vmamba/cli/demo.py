@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from vmamba.cli.arguments import parse
+from vmamba.cli.ending import leaving_on_sigterm
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
 
     opened = open_model(options.checkpoint, options.device, options.img_size)
     looker = make_looker(opened, options.stage)
-    with TemporaryDirectory(prefix="vmamba-demo-") as folder:
+    with leaving_on_sigterm("demo"), TemporaryDirectory(prefix="vmamba-demo-") as folder:
         page = make_page(looker, write_examples(Path(folder), opened.preprocessing.img_size))
         launch(page, options.host, options.port)
     return 0

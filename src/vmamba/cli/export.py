@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 from vmamba.cli.arguments import UsageError, parse
+from vmamba.cli.ending import leaving_on_sigterm
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -81,7 +79,7 @@ def run(argv: Sequence[str]) -> int:
     told = subject.description
     numbers = options.precision if options.quantization == "none" else options.quantization
     print(f"exporting {told.source}: {told.task} to {target} ({format}, {numbers})", file=sys.stderr)
-    with _leaving_on_sigterm():
+    with leaving_on_sigterm("export"):
         report = export(
             subject.model,
             target,
@@ -98,24 +96,6 @@ def run(argv: Sequence[str]) -> int:
     if options.data and subject.classifier is not None:
         _print_accuracy(subject.classifier, target, options.data, options.device)
     return 0
-
-
-@contextmanager
-def _leaving_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block as an exception does, so that the folder of the draft is taken away."""
-
-    def leave(number: int, frame: object) -> NoReturn:
-        print("vmamba export: told to end", file=sys.stderr)
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody set handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,5 +179,10 @@ def launch(page: Any, host: str, port: int, *, block: bool = True) -> str:
         raise ValueError(f"cannot listen at {host}:{port}: {error}; choose another --host or --port") from None
     print(f"the page is at {address}", flush=True)
     if block:
-        page.block_thread()
+        # Not gradio's own block_thread, which takes Ctrl-C for success.
+        try:
+            while True:
+                time.sleep(60)
+        finally:
+            page.close(verbose=False)
     return str(address)
