@@ -10,6 +10,7 @@ import time
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import vmamba as package
@@ -39,6 +40,23 @@ def test_export_and_what_the_file_says(vmamba, weights, tmp_path):
     served = vmamba("serve", "out.onnx", "--host", "no such host")
     assert served.status == 2
     assert "cannot listen at no such host" in served.err
+
+
+def test_damaged_packages_and_shards(vmamba, weights, tmp_path):
+    (tmp_path / "bad.pt2").write_bytes(b"x" * 99)
+    assert "bad.pt2 is no exported model, or is truncated" in vmamba("serve", "bad.pt2").err
+    (tmp_path / "bad.tar").write_bytes(b"x" * 999)
+    outcome = vmamba("embed", "wds:bad.tar", "x.npz", "--checkpoint", weights)
+    assert outcome.status == 2
+    assert outcome.err.strip().endswith("bad.tar is damaged: file could not be opened successfully")
+    assert not (tmp_path / "x.npz").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is told without a GPU")
+def test_a_package_for_a_gpu_that_is_not_there(vmamba, weights):
+    outcome = vmamba("export", weights, "x.pt2", "--format", "aoti", "--device", "cuda")
+    assert outcome.status == 2
+    assert "there is none here" in outcome.err
 
 
 @pytest.mark.slow  # a process of its own
@@ -128,6 +146,8 @@ def test_export_of_a_detector(vmamba, tmp_path):
         (["export", "vmamba_test", "x.txt", "--pretrained", "false"], "must end in .onnx"),
         (["export", "vmamba_test", "--img_size", "3"], "img_size must be 32 or more"),
         (["export", "vmamba_test", "--task", "features", "--data", "digits"], "--task classification"),
+        (["export", "vmamba_test", "--pretrained", "false", "--data", "nope"], "names no known data set"),
+        (["export", "vmamba_test", "--pretrained", "false", "--images", "nope.png"], "match for nope.png"),
         (["serve", "missing.onnx"], "there is no file"),
         (["serve", "--port", "99999"], "port must be"),
         (["serve", "--max_batch", "0"], "max_batch must be 1 or more"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vmamba.cli.opening import OpenedModel
+    from vmamba.data.sources import Source
     from vmamba.deployment.export import ExportReport
     from vmamba.deployment.files import Description
 
@@ -38,7 +39,8 @@ class ExportOptions:
         quantization: int8-weights or int8-dynamic, for ONNX on CPUs.
         pretrained: Whether a variant's name stands for its published weights; false exports freshly initialised ones.
         img_size: Height and width to fix, in pixels; by default both stay open.
-        images: Image files to prove the export on; by default two photographs that come with scikit-learn.
+        images: Image file, folder or glob to prove the export on, or a list of them; by default two photographs that
+            come with scikit-learn.
         data: Data set whose held-out images tell the accuracy of the exported file and of the model; see `vmamba eval`.
         device: What an AOTInductor package is for.
         overwrite: Replace the target if it exists.
@@ -52,7 +54,7 @@ class ExportOptions:
     quantization: Literal["none", "int8-weights", "int8-dynamic"] = "none"
     pretrained: bool = True
     img_size: int | None = None
-    images: list[str] | None = None
+    images: list[str] | str | None = None
     data: str | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     overwrite: bool = False
@@ -68,12 +70,14 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError(f"img_size must be 32 or more, not {options.img_size}")
     if options.data and options.task not in (None, "classification"):
         raise ValueError("--data measures accuracy, which is a matter of --task classification")
+    from vmamba.data.sources import open_source
     from vmamba.deployment.export import export
     from vmamba.deployment.files import SUFFIXES
 
     name = Path(options.source).stem or options.source
     target = Path(options.target or f"{name}{SUFFIXES[format]}")
     subject = _open(options)
+    data = open_source(options.data) if options.data else None  # now rather than after the work
     if options.data and subject.classifier is None:
         raise ValueError("--data measures accuracy, which is a matter of --task classification")
     told = subject.description
@@ -93,8 +97,8 @@ def run(argv: Sequence[str]) -> int:
             overwrite=options.overwrite,
         )
     _print(report)
-    if options.data and subject.classifier is not None:
-        _print_accuracy(subject.classifier, target, options.data, options.device)
+    if data is not None and subject.classifier is not None:
+        _print_accuracy(subject.classifier, target, data, options.device)
     return 0
 
 
@@ -256,13 +260,13 @@ def _description(opened: OpenedModel, task: Literal["classification", "features"
     )
 
 
-def _photographs(words: Sequence[str] | None) -> list[Image.Image] | None:
+def _photographs(words: Sequence[str] | str | None) -> list[Image.Image] | None:
     if not words:
         return None
     from vmamba.cli.predict import find_images
     from vmamba.data.images import read_image
 
-    return [read_image(path) for path in find_images(words)]
+    return [read_image(path) for path in find_images([words] if isinstance(words, str) else words)]
 
 
 def _print(report: ExportReport) -> None:
@@ -273,12 +277,11 @@ def _print(report: ExportReport) -> None:
     print(f"wrote {report.path} ({report.megabytes:.1f} MB)")
 
 
-def _print_accuracy(opened: OpenedModel, target: Path, data: str, device: str) -> None:
-    from vmamba.data.sources import ImageSet, open_source, with_labels
+def _print_accuracy(opened: OpenedModel, target: Path, source: Source, device: str) -> None:
+    from vmamba.data.sources import ImageSet, with_labels
     from vmamba.deployment.accuracy import compare_on
     from vmamba.deployment.files import load_exported
 
-    source = open_source(data)
     images = source.held_out
     if opened.labels:
         images = with_labels(images, source.classes, opened.labels)

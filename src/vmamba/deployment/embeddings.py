@@ -58,7 +58,8 @@ class Part:
                         stream = archive.extractfile(member)
                         yield f"{self.shard}/{member.name}", stream.read() if stream else b""
         except (tarfile.TarError, EOFError) as error:
-            raise ValueError(f"the shard {self.shard} is damaged: {error}") from error
+            reason = str(error).partition("\n")[0].rstrip(": ")
+            raise ValueError(f"the shard {self.shard} is damaged: {reason}") from error
 
 
 @dataclass(frozen=True)

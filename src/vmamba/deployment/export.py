@@ -104,7 +104,7 @@ def export(
         ExportFailedError: The file disagrees with the model.
     """
     target = Path(target).expanduser()
-    _check(target, format, precision, quantization, overwrite)
+    _check(target, format, precision, quantization, device, overwrite)
     in_chans = int(getattr(model, "in_chans", 3))
     photographs = sample_photographs() if photographs is None else list(photographs)
     if not photographs:
@@ -215,7 +215,14 @@ def require_compiler() -> None:
         )
 
 
-def _check(target: Path, format: Format, precision: Precision, quantization: Quantization, overwrite: bool) -> None:
+def _check(
+    target: Path,
+    format: Format,
+    precision: Precision,
+    quantization: Quantization,
+    device: str | torch.device,
+    overwrite: bool,
+) -> None:
     if format not in SUFFIXES:
         raise ValueError(f"format must be one of {', '.join(SUFFIXES)}, not {format!r}")
     if target.suffix != SUFFIXES[format]:
@@ -228,6 +235,10 @@ def _check(target: Path, format: Format, precision: Precision, quantization: Qua
         raise ValueError("quantised weights are for onnxruntime: --format onnx --precision float32")
     if format == "aoti":
         require_compiler()
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                "a package for cuda is compiled and proven on a GPU, and there is none here; use device cpu"
+            )
 
 
 def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:

@@ -102,8 +102,10 @@ def format_of(path: Path) -> Format:
         raise FileNotFoundError(f"there is no file {path}")
     if path.suffix == ".onnx":
         return "onnx"
-    if path.suffix != ".pt2" or not zipfile.is_zipfile(path):
+    if path.suffix != ".pt2":
         raise ValueError(f"{path} is no exported model: those end in .onnx or .pt2")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no exported model, or is truncated or corrupt: a .pt2 file is a ZIP archive")
     with zipfile.ZipFile(path) as archive:
         return "aoti" if any("aotinductor" in name for name in archive.namelist()) else "program"
 
