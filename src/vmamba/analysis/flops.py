@@ -187,6 +187,10 @@ def _norm_linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * (prod(x) * weight[0] + 4 * prod(x))  # the norm's own weights are folded into the product's
 
 
+def _add_norm(x: Any, branch: Any, bias: Any, source: Any = None, *_: Any, **__: Any) -> int:
+    return 2 * 4 * (prod(x) + (prod(source) if source else 0))  # the source's norm is one without weights too
+
+
 def _linear_gelu(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * prod(x) * weight[0]
 
@@ -217,6 +221,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.vmamba.ss2d_scan: partial(_ss2d_scan, False),
     torch.ops.vmamba.selective_scan: partial(_selective_scan, False),
     torch.ops.vmamba.norm_linear: _norm_linear,
+    torch.ops.vmamba.add_norm: _add_norm,
     torch.ops.vmamba.linear_gelu: _linear_gelu,
     torch.ops.vmamba.norm_mlp: _norm_mlp,
     torch.ops.vmamba.depthwise_silu: _depthwise_silu,

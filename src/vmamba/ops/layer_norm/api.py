@@ -91,8 +91,6 @@ def add_norm(
         raise ValueError(
             f"add_norm: source must be {(*x.shape[:-1], 'E')} of {x.dtype}, got {tuple(source.shape)} of {source.dtype}"
         )
-    if not (x.is_cuda and _HAS_TRITON):
-        raise ValueError(f"add_norm runs on GPUs with Triton; the tensors are on {x.device}")
     total, y = _add_norm(x, branch, bias, source, eps, source_eps)
     return total, y
 
@@ -101,6 +99,8 @@ def add_norm(
 def _add_norm(
     x: Tensor, branch: Tensor, bias: Tensor, source: Tensor | None, eps: float, source_eps: float
 ) -> tuple[Tensor, Tensor]:
+    if not (x.is_cuda and _HAS_TRITON):
+        raise ValueError(f"add_norm runs on GPUs with Triton; the tensors are on {x.device}")
     from vmamba.ops.layer_norm import triton_kernels
 
     x_rows, branch_rows, source_rows = (
