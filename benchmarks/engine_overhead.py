@@ -1,6 +1,8 @@
-"""What the engine costs over a bare loop: the same model, images, optimiser and number of updates.
+r"""What the engine costs over a bare loop: the same model, images, optimiser and number of updates.
 
     OMP_NUM_THREADS=1 python benchmarks/engine_overhead.py --rounds 5
+    python benchmarks/engine_overhead.py --model vmamba_tiny --batch 128 --img_size 224 --precision bf16 \
+        --compile_mode reduce-overhead
 
 The bare loop is forward, loss, backward, clipping and step. The engine also seeds every update, asks whether loss and
 gradient are finite, counts, times, and writes metrics. Rounds of both alternate, and the ratio of the fastest ones is
@@ -81,8 +83,9 @@ def by_engine(recipe: Recipe, steps: int, folder: Path) -> list[float]:
 def bare(recipe: Recipe, steps: int, device: str) -> list[float]:
     """Return seconds of each update of a loop that does nothing else."""
     torch.manual_seed(0)
-    model = create_model(recipe.model, num_classes=10).to(device).train()
-    optimizer = make_optimizer(parameter_groups(model, recipe.optimizer), recipe.optimizer, fused=device == "cuda")
+    module = create_model(recipe.model, num_classes=10).to(device).train()
+    optimizer = make_optimizer(parameter_groups(module, recipe.optimizer), recipe.optimizer, fused=device == "cuda")
+    model = torch.compile(module, mode=recipe.compile_mode) if recipe.compile else module
     batch = make_batch(recipe, recipe.img_size or 32, device)
     autocast = torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16")
     times = [clock()]
@@ -107,6 +110,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--compile_mode", help="compile both, in this mode of torch.compile")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe = Recipe(
@@ -116,6 +120,8 @@ def main() -> None:
         img_size=arguments.img_size,
         trackers=(),
         precision=arguments.precision,
+        compile=bool(arguments.compile_mode),
+        compile_mode=arguments.compile_mode or "default",
     )
     engine: list[float] = []
     alone: list[float] = []
