@@ -1,8 +1,10 @@
 """Training on a GPU: every precision, compiled or not, learns; an interrupted run in float16 keeps its loss scale."""
 
 import pytest
+import torch
 from runs import quiet, recipe, state_of
 
+from vmamba.models.registry import create_model
 from vmamba.training.engine import train
 from vmamba.training.recipe import AugmentationOptions, OptimizerOptions
 
@@ -37,3 +39,18 @@ def test_the_loss_scale_survives_a_resumed_run(colours, tmp_path):
     _, later = state_of(tmp_path / "run")
     assert later["scaler"]["_growth_tracker"] > parts["scaler"]["_growth_tracker"]
     assert later["scaler"]["scale"] == scale
+
+
+def test_maps_that_a_compiled_model_keeps_have_their_channels_together():
+    # Inductor takes whatever has four dimensions beside a convolution for (B, C, H, W), and writes what it keeps in the
+    # order "channels last" of that: (B, W, C, H) of our maps, from which every kernel of the backward pass copies.
+    model = create_model("vmamba_tiny", depths=(1, 1, 1, 1)).cuda().train()
+    images, channels, kept = torch.randn(2, 3, 224, 224, device="cuda"), {3, 48, 96, 192, 384, 768}, []
+    with (
+        torch.autocast("cuda", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+    ):
+        torch.compile(model)(images).sum().backward()
+    maps = [tensor for tensor in kept if tensor.ndim == 4 and min(tensor.shape[1:]) > 1 and tensor.shape[0] == 2]
+    assert len(maps) >= 8
+    assert not [(m.shape, m.stride()) for m in maps if m.shape[m.stride().index(1)] not in channels]

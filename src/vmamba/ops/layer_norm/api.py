@@ -131,17 +131,22 @@ def _plain(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.
 
 
 def _normalise(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
-    y, mean, rstd = torch.native_layer_norm(x.float(), gamma.shape, gamma.float(), beta.float(), eps)
-    ctx.save_for_backward(x, gamma, mean, rstd)
+    # Rows, not maps: inductor writes what it keeps of four dimensions beside a convolution in the order (B, W, C, H).
+    rows = x.reshape(-1, x.shape[-1])
+    y, mean, rstd = torch.native_layer_norm(rows.float(), gamma.shape, gamma.float(), beta.float(), eps)
+    y = y.view(x.shape)
+    ctx.save_for_backward(rows, gamma, mean, rstd)
     ctx.beta_dtype = beta.dtype
     # The compiler of torch 2.11 loses all gradients of a function that ends in a conversion to the dtype it has.
     return y if y.dtype == out_dtype else y.to(out_dtype)
 
 
 def _differentiate(ctx: Any, dy: Tensor, skip: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, gamma, mean, rstd = ctx.saved_tensors
-    dx, dgamma, dbeta = _backward(dy, skip, x, mean, rstd, gamma)
-    return dx, dgamma.to(gamma.dtype), dbeta.to(ctx.beta_dtype), None, None
+    rows, gamma, mean, rstd = ctx.saved_tensors
+    dy_rows, skip_rows = (None if t is None else t.reshape(rows.shape) for t in (dy, skip))
+    assert dy_rows is not None
+    dx, dgamma, dbeta = _backward(dy_rows, skip_rows, rows, mean, rstd, gamma)
+    return dx.view(dy.shape), dgamma.to(gamma.dtype), dbeta.to(ctx.beta_dtype), None, None
 
 
 # Two functions, since a compiler fills the gradient of an output that nobody uses with zeros, which cost a pass.

@@ -51,8 +51,9 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     if not x.dtype == w1.dtype == w2.dtype:
         raise ValueError(f"mlp: x, w1 and w2 must have one dtype, got {x.dtype}, {w1.dtype} and {w2.dtype}")
     split_channels(D)
-    y: Tensor = _mlp(x, w1, b1.float(), w2, b2.float())
-    return y
+    # Rows, not maps: inductor writes what it keeps of four dimensions beside a convolution in the order (B, W, C, H).
+    y: Tensor = _mlp(x.reshape(-1, D), w1, b1.float(), w2, b2.float())
+    return y.view(x.shape)
 
 
 def _rows(x: Tensor) -> Tensor:
