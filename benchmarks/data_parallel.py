@@ -166,16 +166,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=15)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--compile_mode", default="default", help="as of `vmamba train`")
-    parser.add_argument(
-        "--optimize_ddp",
-        default="ddp_optimizer",
-        help="ddp_optimizer cuts the model by buckets; no_optimization keeps it whole",
-    )
     parser.add_argument("--parallel", default="ddp")
     parser.add_argument("--skip", default="", help="any of made, decoded, gradients")
     parser.add_argument("--compare", type=Path)
     arguments = parser.parse_args()
-    torch._dynamo.config.optimize_ddp = arguments.optimize_ddp
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     found: dict[str, Any] = {"processes": processes, **{k: str(v) for k, v in vars(arguments).items()}}

@@ -10,9 +10,13 @@ import pytest
 import torch
 from runs import assert_same, quiet, recipe, state_of
 from several_processes import Group
+from torch import distributed
+from torch.nn import Conv2d, Flatten, Linear, Sequential
+from torch.nn.parallel import DistributedDataParallel
 
 from vmamba.models.checkpoint import load_model
 from vmamba.training import classification, engine
+from vmamba.training.averaging import GradientAverage
 from vmamba.training.checkpointing import CheckpointFolder, read_checkpoint_folder
 from vmamba.training.engine import TrainingInterruptedError, train
 from vmamba.training.guards import TrainingFailedError
@@ -207,3 +211,51 @@ def test_evaluation_by_command_is_that_of_one_process(colours, tmp_path):
         assert alone[figure] == together[figure]
     assert alone["loss"] == pytest.approx(together["loss"], rel=1e-6)
     assert "top-1" not in (tmp_path / "logs-2" / "process-1.log").read_text()
+
+
+def assert_same_everywhere(tensor):
+    both = [torch.empty_like(tensor) for _ in range(2)]
+    distributed.all_gather(both, tensor.detach())
+    assert torch.equal(*both)
+
+
+def average_beside_distributed_data_parallel():
+    distributed.init_process_group("gloo")
+    torch.manual_seed(rank())  # other weights in each process, until they are joined
+    one, other = (Sequential(Conv2d(3, 4, 3), Conv2d(4, 4, 3), Flatten(), Linear(144, 5)) for _ in range(2))
+    one[1].weight.requires_grad_(False)
+    average, wrapped = GradientAverage(one), DistributedDataParallel(other)
+    other.load_state_dict(one.state_dict())
+    assert_same_everywhere(one[3].bias)
+    for step in range(2):
+        images = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(7 * step + rank()))
+        for model in (one, wrapped):
+            model.zero_grad()
+            model(images.to(memory_format=torch.channels_last)).square().mean().backward()
+        other[1].weight.grad = None
+        if rank() == 1 and step:  # a process whose part of the loss does not reach a weight
+            one[3].bias.grad = None
+        average()
+        for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+            if name != "3.bias" or not step:
+                assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad), name
+    assert_same_everywhere(one[3].bias.grad)
+    distributed.destroy_process_group()
+
+
+def test_gradients_averaged_in_one_piece_are_those_of_distributed_data_parallel(tmp_path):
+    Group(tmp_path / "logs", average_beside_distributed_data_parallel).finish()
+
+
+def train_with_graphs_and_without(data, folder):
+    torch.compile = lambda model, **options: model  # a processor has no CUDA graphs
+    options = {"epochs": 2, **CHANCE}
+    plain = train(recipe(data, folder / "plain", **options), quiet())
+    graphs = train(recipe(data, folder / "graphs", compile=True, compile_mode="reduce-overhead", **options), quiet())
+    assert graphs.report == plain.report
+    for one, other in zip(state_of(folder / "plain")[1:], state_of(folder / "graphs")[1:], strict=True):
+        assert_same(one, other)
+
+
+def test_with_cuda_graphs_two_processes_train_as_without(colours, tmp_path):
+    Group(tmp_path / "logs", train_with_graphs_and_without, colours, tmp_path).finish()

@@ -178,6 +178,8 @@ def _forward_backward(run: Run, batch: Any, parts: int, last: bool) -> Step:
         step = run.task.step(run.model, batch)
         # A batch of stand-ins takes part in the sums of gradients, which the other processes wait for, with nothing.
         run.accelerator.backward(step.loss / parts if len(batch) else step.loss * 0)
+    if last and run.average:
+        run.average()
     return step
 
 

@@ -175,7 +175,8 @@ class RunOptions:
         parallel: How several processes share the work: ddp copies the model to each, fsdp divides it among them.
         compile: Compile the model with torch.compile.
         compile_mode: What --compile aims at. reduce-overhead records an update's kernels as CUDA graphs: a GPU then
-            no longer waits for the processor, which can take half of an update; ddp and one part a batch only.
+            no longer waits for the processor, which can take half of an update; ddp and one part a batch only, and
+            gradients travel in one piece.
         gradient_checkpointing: Recompute the insides of blocks in the backward pass, to save memory.
         workers: Processes that read images, for each process that trains; -1 picks by the data.
         log_every: Updates between two readings of the loss.

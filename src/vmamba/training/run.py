@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vmamba.data.reading import Share
 from vmamba.training.agreement import Agreement
+from vmamba.training.averaging import GradientAverage
 from vmamba.training.checkpointing import CheckpointFolder, Position, read_checkpoint_folder, seed_update
 from vmamba.training.guards import InterruptGuard, StallWatch, TrainingFailedError, smaller_batch
 from vmamba.training.optim import make_ema, make_optimizer
@@ -48,6 +49,7 @@ class Run:
     damaged: dict[str, None] = field(default_factory=dict)
     unreported: list[str] = field(default_factory=list)
     spare: nn.Module | None = None  # to evaluate with, where the trained model is divided among processes
+    average: GradientAverage | None = None  # of the gradients, where accelerate does not do it
     settled: int = 0  # updates this process has completed, after which memory no longer grows
 
     @property
@@ -140,7 +142,13 @@ def prepare(
     # Before accelerate wraps the model: a copy of the wrapper would still call the original.
     ema = make_ema(task.model, recipe.optimizer)
     spare = copy.deepcopy(task.model) if recipe.parallel == "fsdp" else None
-    model, optimizer = accelerator.prepare(task.model, optimizer)
+    average = None
+    if together.processes > 1 and recipe.compile_mode != "default":  # CUDA graphs
+        average = GradientAverage(task.model)
+        # Not to evaluate: this is how accelerate is told to leave out DistributedDataParallel.
+        model, optimizer = accelerator.prepare_model(task.model, evaluation_mode=True), accelerator.prepare(optimizer)
+    else:
+        model, optimizer = accelerator.prepare(task.model, optimizer)
     run = Run(
         recipe=recipe,
         task=task,
@@ -158,6 +166,7 @@ def prepare(
         guard=guard,
         watch=StallWatch(recipe.guards.stall, together.rank),
         spare=spare,
+        average=average,
     )
     if earlier:
         _restore(run)
