@@ -25,10 +25,10 @@ RESULTS = Path(__file__).parent / "results" / "whole_models.csv"
 SWIN = "swin_{}_patch4_window7_224"
 FIGURES = ("inference", "training", "latency", "growth", "detection")
 # Constant pixels: batch · side² = 128 · 224².
-GROWTH = ((224, 128), (384, 43), (512, 24), (768, 11), (1024, 6))
+GROWTH = {224: 128, 384: 43, 512: 24, 768: 11, 1024: 6}  # side: batch, of about the same number of pixels
 
 
-def rows_of(figure: str, size: str, compiled: CompileMode) -> list[tuple[str, list[Workload]]]:
+def rows_of(figure: str, size: str, compiled: CompileMode, sides: list[int]) -> list[tuple[str, list[Workload]]]:
     """List the rows of a figure: the peer that ratios refer to, and the workloads measured together."""
     ours, swin = f"vmamba_{size}", SWIN.format(size)
     trio = [ours, swin, f"convnext_{size}"] if size == "tiny" else [ours, swin]
@@ -49,7 +49,9 @@ def rows_of(figure: str, size: str, compiled: CompileMode) -> list[tuple[str, li
         return [row(trio, batch_size=1)]
     if figure == "growth":
         return [
-            row([*trio, "deit_small_patch16_224"], img_size=(side, side), batch_size=batch) for side, batch in GROWTH
+            row([*trio, "deit_small_patch16_224"], img_size=(side, side), batch_size=batch)
+            for side, batch in GROWTH.items()
+            if side in sides
         ]
     return [row(trio, img_size=(800, 1280), batch_size=2, **training)]
 
@@ -103,6 +105,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=("tiny", "small", "base"), default=["tiny", "small", "base"])
     parser.add_argument("--compiled", nargs="+", choices=get_args(CompileMode), help="modes of torch.compile")
     parser.add_argument("--models", nargs="+", help="only these of each row; by default all")
+    parser.add_argument("--sides", nargs="+", type=int, choices=GROWTH, default=list(GROWTH), help="of growth")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=0.3, help="a turn of a model lasts about this long")
     parser.add_argument("--profile", nargs="+", metavar="MODEL", help="kernels of these models, nothing else")
@@ -122,7 +125,7 @@ def main() -> None:
         modes: list[CompileMode] = ["default", "reduce-overhead"] if figure == "training" else ["reduce-overhead"]
         sizes = arguments.sizes if figure in ("inference", "training") else ["tiny"]
         for size, mode in itertools.product(sizes, arguments.compiled or modes):
-            for peer, workloads in rows_of(figure, size, mode):
+            for peer, workloads in rows_of(figure, size, mode, arguments.sides):
                 workloads = [w for w in workloads if arguments.models is None or w.model in arguments.models]
                 torch._dynamo.reset()
                 measured = measure(workloads, "cuda", rounds=arguments.rounds, seconds_a_round=arguments.seconds)
