@@ -24,8 +24,8 @@ from vmamba.analysis.throughput import CompileMode, Measurement, Precision, Runn
 RESULTS = Path(__file__).parent / "results" / "whole_models.csv"
 SWIN = "swin_{}_patch4_window7_224"
 FIGURES = ("inference", "training", "latency", "growth", "detection")
-# Constant pixels: batch · side² = 128 · 224².
-GROWTH = {224: 128, 384: 43, 512: 24, 768: 11, 1024: 6}  # side: batch, of about the same number of pixels
+# Side: batch, of about the same number of pixels.
+GROWTH = {224: 128, 384: 43, 512: 24, 768: 11, 1024: 6}
 
 
 def rows_of(figure: str, size: str, compiled: CompileMode, sides: list[int]) -> list[tuple[str, list[Workload]]]:
