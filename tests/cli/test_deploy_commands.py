@@ -40,6 +40,8 @@ def test_export_and_what_the_file_says(vmamba, weights, tmp_path):
     served = vmamba("serve", "out.onnx", "--host", "no such host")
     assert served.status == 2
     assert "cannot listen at no such host" in served.err
+    assert "is run by onnxruntime, on the processor" in vmamba("serve", "out.onnx", "--device", "cuda").err
+    assert "out.onnx' is not a weight file; a model that" in vmamba("demo", "--checkpoint", "out.onnx").err
 
 
 def test_damaged_packages_and_shards(vmamba, weights, tmp_path):

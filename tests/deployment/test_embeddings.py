@@ -76,6 +76,15 @@ def test_interrupted_and_continued_is_the_same_file(folder, tmp_path):
     assert (tmp_path / "cut.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
+def test_nothing_is_left_of_images_that_cannot_be_decoded(tmp_path):
+    made = tmp_path / "images"
+    made.mkdir()
+    (made / "a.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="none of the 1 images could be decoded"):
+        run(made, tmp_path / "out.npz")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
+
+
 def test_processes_share_the_parts(folder, tmp_path, monkeypatch):
     run(folder, tmp_path / "whole.npz")
     monkeypatch.setenv("WORLD_SIZE", "2")

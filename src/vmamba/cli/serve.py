@@ -39,7 +39,8 @@ class ServeOptions:
         answer_seconds: Time for the model to answer.
         shutdown_seconds: Time to answer what was accepted, once told to end.
         threads: Threads of the model; by default as many as it likes.
-        device: cpu, cuda, or auto for the best there is; not for exported files.
+        device: cpu, cuda, or auto for the best there is. Exported files run on the processor, packages (.pt2) on the
+            GPU with cuda.
     """
 
     source: str | None = None
@@ -118,13 +119,18 @@ def open_predictor(source: str | None, device: str, threads: int | None = None) 
     """
     from vmamba.deployment.predictor import default_labels, predictor_of_file, predictor_of_model, version_of
 
-    if source and source.endswith((".onnx", ".pt2")):
-        return predictor_of_file(source, threads)
+    if source and source.endswith(".onnx") and device == "cuda":
+        raise ValueError(
+            f"--device cuda: {source} is run by onnxruntime, on the processor; for a GPU serve weights, or a package"
+            " exported there with --format aoti"
+        )
     import torch
 
-    from vmamba.cli.opening import open_model
+    from vmamba.cli.opening import open_model, pick_device
     from vmamba.models.config import variant_name
 
+    if source and source.endswith((".onnx", ".pt2")):
+        return predictor_of_file(source, threads, "cpu" if device == "auto" else pick_device(device))
     if threads:
         torch.set_num_threads(threads)
     opened = open_model(source, device)

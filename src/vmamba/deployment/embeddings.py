@@ -30,6 +30,10 @@ SUFFIXES = (".parquet", ".npz")
 _PLAN = "plan.json"
 
 
+class EmptyResultError(ValueError):
+    """There is not one image to embed."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A piece of the work.
@@ -170,7 +174,11 @@ def embed(
         return None
     while not all(place.is_file() for place in places):  # of the other processes, which torchrun ends if one fails
         time.sleep(0.5)
-    report = _join(places, target, resumed)
+    try:
+        report = _join(places, target, resumed)
+    except EmptyResultError:
+        shutil.rmtree(folder)  # nothing in it is worth going on with, and mended images would not be looked at
+        raise
     shutil.rmtree(folder)
     return report
 
@@ -251,7 +259,7 @@ def _join(places: Sequence[Path], target: Path, resumed: int) -> EmbeddingReport
             if len(part["embeddings"]):
                 pieces.append(part["embeddings"])
     if not pieces:
-        raise ValueError(f"none of the {len(damaged)} images could be decoded")
+        raise EmptyResultError(f"none of the {len(damaged)} images could be decoded")
     vectors = np.concatenate(pieces)
     temporary = target.with_name(f".{target.name}.tmp")
     if target.suffix == ".parquet":

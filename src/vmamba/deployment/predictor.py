@@ -75,14 +75,14 @@ def predictor_of_model(
     return Predictor(name, version, tuple(labels), preprocessing, logits)
 
 
-def predictor_of_file(path: str | Path, threads: int | None = None) -> Predictor:
+def predictor_of_file(path: str | Path, threads: int | None = None, device: str | torch.device = "cpu") -> Predictor:
     """Put a file that `vmamba export` wrote behind a Predictor.
 
     Raises:
         ValueError: It is none, or no classifier.
     """
     path = Path(path).expanduser()
-    exported = load_exported(path, threads)
+    exported = load_exported(path, threads, device)
     description = exported.description
     if description.task != "classification":
         raise ValueError(f"{path} gives {description.task}; a classifier is needed")

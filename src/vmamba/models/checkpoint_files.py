@@ -246,6 +246,11 @@ def _explain(path: Path, error: Exception) -> CheckpointError:
             f"'{path}' was refused: it refers to {', '.join(names[:3])}, which is no part of weights and could run "
             "code; nothing in it was run. Ask its author for safetensors, or for a file that holds the state dict alone"
         )
+    if path.suffix in (".onnx", ".pt2"):
+        return CheckpointError(
+            f"'{path}' is not a weight file; a model that `vmamba export` wrote goes to `vmamba serve`, and to "
+            "vmamba.deployment.files.load_exported"
+        )
     if "TorchScript" in text:
         return CheckpointError(f"'{path}' is a TorchScript program, not weights; save its state_dict() instead")
     return CheckpointError(
