@@ -41,7 +41,7 @@ def test_export_and_what_the_file_says(vmamba, weights, tmp_path):
     assert served.status == 2
     assert "cannot listen at no such host" in served.err
     assert "is run by onnxruntime, on the processor" in vmamba("serve", "out.onnx", "--device", "cuda").err
-    assert "out.onnx' is not a weight file; a model that" in vmamba("demo", "--checkpoint", "out.onnx").err
+    assert "out.onnx' is not a weight file; a model that" in vmamba("demo", "out.onnx").err
 
 
 def test_damaged_packages_and_shards(vmamba, weights, tmp_path):
