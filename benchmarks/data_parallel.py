@@ -70,7 +70,7 @@ class Made(ClassificationTask):
         images = torch.randn(size, 3, side, side, device=kind)
         targets = torch.randint(len(self.source.classes), (size,), device=kind)
         plain = torch.zeros(size, dtype=torch.long)
-        self._batch = Batch(images, targets, plain, plain, [""] * size, [], size)
+        self._batch = Batch(images, targets, plain, plain, [""] * size, [], good=size)
         return self
 
     layout: dict[str, int] = {}  # noqa: RUF012

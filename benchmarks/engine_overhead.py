@@ -68,7 +68,7 @@ def make_batch(recipe: Recipe, side: int, device: str) -> Batch:
     images = torch.randn(size, 3, side, side, generator=generator).to(device)
     targets = torch.randint(10, (size,), generator=generator).to(device)
     plain = torch.zeros(size, dtype=torch.long)
-    return Batch(images, targets, plain, plain, [""] * size, [], size)
+    return Batch(images, targets, plain, plain, [""] * size, [], good=size)
 
 
 def by_engine(recipe: Recipe, steps: int, folder: Path) -> list[float]:

@@ -91,7 +91,7 @@ class OnDevice(ClassificationTask):
 
 def _batch(images: Tensor, targets: Tensor) -> Batch:
     nothing = torch.zeros(0, dtype=torch.long)
-    return Batch(images, targets, nothing, nothing, [], [], len(targets))
+    return Batch(images, targets, nothing, nothing, [], [], good=len(targets))
 
 
 def normalised(pixels: Tensor) -> Tensor:

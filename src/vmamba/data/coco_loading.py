@@ -16,7 +16,17 @@ from torch.utils.data import DataLoader, Dataset
 from vmamba.data.coco import CocoImage, CocoSet
 from vmamba.data.images import DamagedImageError
 from vmamba.data.loaders import TrainingLoader
-from vmamba.data.reading import ALONE, Draw, EpochSampler, Share, divide_batch, guarded, reading_options, with_stand_ins
+from vmamba.data.reading import (
+    ALONE,
+    BatchOfImages,
+    Draw,
+    EpochSampler,
+    Share,
+    divide_batch,
+    guarded,
+    reading_options,
+    with_stand_ins,
+)
 
 _CROP_SIDES = (400, 500, 600)  # what the short side is brought to before a crop, as published
 _CROP_RANGE = (384, 600)  # pixels of a crop's sides
@@ -176,7 +186,7 @@ def _damaged(record: CocoImage, problem: str) -> DetectionSample:
 
 
 @dataclass
-class DetectionBatch:
+class DetectionBatch(BatchOfImages):
     """Images of several sizes in the corner of one tensor, and their objects one after the other.
 
     Attributes:
@@ -189,8 +199,10 @@ class DetectionBatch:
         keys: `(B,)` ids of the images in the annotation file.
         names: Their paths.
         damaged: Why each image that could not be read could not.
-        good: Images that are no stand-ins for damaged ones.
     """
+
+    moved = ("images", "boxes", "labels", "masks")
+    listed = ("images", "sizes", "numbers", "keys", "names")
 
     images: Tensor
     sizes: Tensor
@@ -201,28 +213,13 @@ class DetectionBatch:
     keys: Tensor
     names: list[str]
     damaged: list[str]
-    good: int
-
-    def __len__(self) -> int:
-        return self.good
-
-    def _moved(self, names: Iterable[str], move: Any) -> DetectionBatch:
-        return replace(self, **{name: move(getattr(self, name)) for name in names})
-
-    def to(self, device: torch.device) -> DetectionBatch:
-        """Return the batch with all but sizes, numbers and keys on a device."""
-        return self._moved(("images", "boxes", "labels", "masks"), lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> DetectionBatch:
-        """Return the batch in page-locked memory, as DataLoader asks for."""
-        return self._moved(("images", "boxes", "labels", "masks"), lambda t: t.pin_memory())
 
     def first(self, number: int) -> DetectionBatch:
-        """Return its first images."""
+        """Return its first images, and their objects."""
         objects = int(self.numbers[:number].sum())
-        by_image = {name: getattr(self, name)[:number] for name in ("images", "sizes", "numbers", "keys", "names")}
-        by_object = {name: getattr(self, name)[:objects] for name in ("boxes", "labels", "masks")}
-        return replace(self, **by_image, **by_object, good=min(self.good, number))
+        return replace(
+            super().first(number), **{name: getattr(self, name)[:objects] for name in ("boxes", "labels", "masks")}
+        )
 
     def pictures(self) -> list[Tensor]:
         """Return the images `(3, h, w)` at their own sizes, float32 in [0, 1]."""
@@ -270,7 +267,7 @@ def collate(samples: Sequence[DetectionSample], masks: bool = False, filled: boo
         torch.tensor([sample.key for sample in used], dtype=torch.long),
         [sample.name for sample in used],
         [sample.problem for sample in samples if sample.image is None],
-        len(good),
+        good=len(good),
     )
 
 

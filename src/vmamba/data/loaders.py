@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from vmamba.data.images import DamagedImageError, decode_image
 from vmamba.data.reading import (
     ALONE,
+    BatchOfImages,
     Draw,
     EpochSampler,
     LoaderError,
@@ -37,7 +38,7 @@ _SHUFFLED = 2000  # encoded samples a stream holds to draw from
 
 
 @dataclass
-class Batch:
+class Batch(BatchOfImages):
     """What a loader yields.
 
     Attributes:
@@ -47,8 +48,10 @@ class Batch:
         seeds: `(B,)` seeds of the augmentation.
         names: What the images are called.
         damaged: Why each image that could not be read could not.
-        good: Images in the batch that are no stand-ins for damaged ones.
     """
+
+    moved = ("images", "targets")
+    listed = ("images", "targets", "indices", "seeds", "names")
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -56,24 +59,6 @@ class Batch:
     seeds: torch.Tensor
     names: list[str]
     damaged: list[str]
-    good: int
-
-    def __len__(self) -> int:
-        return self.good
-
-    def first(self, number: int) -> Batch:
-        """Return the first images of the batch."""
-        parts = {name: getattr(self, name)[:number] for name in ("images", "targets", "indices", "seeds", "names")}
-        return replace(self, **parts, good=min(self.good, number))
-
-    def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory, as DataLoader asks for."""
-        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch with images and targets on a device."""
-        images = self.images.to(device, non_blocking=True)
-        return replace(self, images=images, targets=self.targets.to(device, non_blocking=True))
 
 
 class _Sample(NamedTuple):
@@ -302,7 +287,7 @@ def _collate(samples: Sequence[_Sample], filled: Sequence[_Sample] | None = None
         torch.tensor([sample.seed for sample in used], dtype=torch.long),
         [sample.name for sample in used],
         [sample.problem for sample in samples if sample.image is None],
-        len(good),
+        good=len(good),
     )
 
 

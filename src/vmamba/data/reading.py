@@ -6,14 +6,17 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import cycle
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 T = TypeVar("T")
+B = TypeVar("B", bound="BatchOfImages")
 
 
 class LoaderError(RuntimeError):
@@ -35,6 +38,41 @@ class Share(NamedTuple):
 
 
 ALONE = Share()
+
+
+@dataclass
+class BatchOfImages:
+    """What the batches of every task can do.
+
+    Attributes:
+        good: Images in the batch that are no stand-ins for damaged ones: its length.
+        moved: Names of the tensors that a device works on.
+        listed: Names of what has one entry for each image.
+    """
+
+    moved: ClassVar[tuple[str, ...]]
+    listed: ClassVar[tuple[str, ...]]
+    good: int = field(kw_only=True)
+
+    def __len__(self) -> int:
+        return self.good
+
+    def first(self: B, number: int) -> B:
+        """Return the first images of the batch."""
+        parts = {name: getattr(self, name)[:number] for name in self.listed}
+        return replace(self, **parts, good=min(len(self), number))
+
+    def pin_memory(self: B) -> B:
+        """Return the batch in page-locked memory, as DataLoader asks for."""
+        return self._with(lambda tensor: tensor.pin_memory())
+
+    def to(self: B, device: torch.device) -> B:
+        """Return the batch with what a device works on there."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _with(self: B, change: Callable[[Tensor], Tensor]) -> B:
+        parts: dict[str, Any] = {name: change(getattr(self, name)) for name in self.moved}
+        return replace(self, **parts)
 
 
 class EpochSampler(Sampler[list[Draw]]):

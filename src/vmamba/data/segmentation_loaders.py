@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from vmamba.data.images import DamagedImageError
 from vmamba.data.loaders import TrainingLoader
 from vmamba.data.reading import (
     ALONE,
+    BatchOfImages,
     Draw,
     EpochSampler,
     Seeded,
@@ -137,7 +138,7 @@ _RECOLOUR = v2.Compose(
 
 
 @dataclass
-class SegmentationBatch:
+class SegmentationBatch(BatchOfImages):
     """What a loader yields.
 
     Attributes:
@@ -147,8 +148,10 @@ class SegmentationBatch:
         seeds: `(B,)` seeds of the augmentation.
         names: What the pictures are called.
         damaged: Why each pair that could not be read could not.
-        good: Pairs in the batch that are no stand-ins for damaged ones.
     """
+
+    moved = ("images", "masks")
+    listed = ("images", "masks", "indices", "seeds", "names")
 
     images: torch.Tensor
     masks: torch.Tensor
@@ -156,24 +159,6 @@ class SegmentationBatch:
     seeds: torch.Tensor
     names: list[str]
     damaged: list[str]
-    good: int
-
-    def __len__(self) -> int:
-        return self.good
-
-    def first(self, number: int) -> SegmentationBatch:
-        """Return the first pairs of the batch."""
-        parts = {name: getattr(self, name)[:number] for name in ("images", "masks", "indices", "seeds", "names")}
-        return replace(self, **parts, good=min(self.good, number))
-
-    def pin_memory(self) -> SegmentationBatch:
-        """Return the batch in page-locked memory, as DataLoader asks for."""
-        return replace(self, images=self.images.pin_memory(), masks=self.masks.pin_memory())
-
-    def to(self, device: torch.device) -> SegmentationBatch:
-        """Return the batch with pictures and masks on a device."""
-        images = self.images.to(device, non_blocking=True)
-        return replace(self, images=images, masks=self.masks.to(device, non_blocking=True))
 
 
 class _Sample(NamedTuple):
@@ -274,7 +259,7 @@ def _collate(samples: Sequence[_Sample], filled: Sequence[_Sample] | None = None
         torch.tensor([sample.seed for sample in used], dtype=torch.long),
         [sample.name for sample in used],
         [sample.problem for sample in samples if sample.image is None],
-        len(good),
+        good=len(good),
     )
 
 
