@@ -129,6 +129,7 @@ def _fill_in(
     return Plan(span, warps, team, blocks, spill, stages, cluster, stashed > 0, pieces, shared, workspace)
 
 
+@functools.cache
 def plan_backward(
     length: int,
     rank: int,
