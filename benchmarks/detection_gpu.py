@@ -1,9 +1,12 @@
 """Detection on one GPU: what a training step takes, and what is found on aerial photographs, beside Swin-T.
 
     python benchmarks/detection_gpu.py step --output step.csv
+    python benchmarks/detection_gpu.py step --compiled dynamic --output step.csv
     python benchmarks/detection_gpu.py trees --wheel deepforest-2.1.0-py3-none-any.whl --output trees.csv
 
 `step`: Mask R-CNN at 1280×800, two images an update, forward to optimiser; both models in one process, in turns.
+`--compiled` compiles the backbone of both: for images of all sizes, as `vmamba train --task detection --compile true`
+does, or for this one size.
 `trees`: the wheel `deepforest` (its data files alone) holds four aerial photographs with 951 boxes. They are cut into
 tiles; the right third of every photograph is held out. Both backbones first learn to tell by which quarter turn a tile
 is rotated, then Faster R-CNN is fine-tuned by the package's engine: same tiles, order, batch and number of updates.
@@ -74,6 +77,9 @@ def main() -> None:
     parser.add_argument("--wheel", type=Path, help="the wheel deepforest, or a folder of its data files")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1280), help="height and width of a step's images")
+    parser.add_argument(
+        "--compiled", choices=("no", "dynamic", "static"), default="no", help="the backbone of a step's models"
+    )
     parser.add_argument("--rounds", type=int, default=30, help="timed updates of each model")
     parser.add_argument("--pretrain", type=int, default=600, help="updates of telling rotations")
     parser.add_argument("--epochs", type=int, default=60)
@@ -109,6 +115,8 @@ def time_steps(options: argparse.Namespace) -> list[dict[str, Any]]:
         torch.manual_seed(options.seed)
         config = DetectorConfig(80, min_size=min(height, width), max_size=max(height, width))
         model = make_detector(BODIES[name](), WIDTHS, config).to(device).train()
+        if options.compiled != "no":
+            model.backbone.body.compile(dynamic=options.compiled == "dynamic")
         models[name] = model, torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
 
     def update(name: str) -> float:
@@ -126,7 +134,8 @@ def time_steps(options: argparse.Namespace) -> list[dict[str, Any]]:
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
-    for _ in range(5 if device.type == "cuda" else 1):
+    first = {name: update(name) for name in models}
+    for _ in range(4 if device.type == "cuda" else 0):
         for name in models:
             update(name)
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -140,6 +149,8 @@ def time_steps(options: argparse.Namespace) -> list[dict[str, Any]]:
             "model": name, "precision": options.precision, "height": height, "width": width, "batch": len(images),
             "images_per_second": round(len(images) / median[name], 3),
             "times_swin": round(peer / median[name], 4) if peer else "",
+            "compiled": options.compiled,
+            "first_seconds": round(first[name], 1),
             "ms_quartiles": "/".join(f"{1e3 * q:.1f}" for q in statistics.quantiles(seconds[name], n=4)),
             **facts(device),
         }

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import signal
@@ -11,6 +12,7 @@ import yaml
 from faster_coco_eval.core import mask as coco_mask
 from rich.console import Console
 from several_processes import Group
+from torch._dynamo.utils import counters
 
 from coco_samples import make_coco
 from vmamba.cli.arguments import parse
@@ -265,6 +267,47 @@ def test_a_classifier_of_ours_starts_a_detector(data, tmp_path):
     assert torch.equal(task.model.backbone.body.state_dict()[name], classifier.state_dict()[name])
 
 
+@pytest.fixture
+def compiles_fast(monkeypatch):
+    """Trace and differentiate as torch.compile does, without the minutes in which C++ is written and compiled."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="aot_eager", **options))
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def test_one_compiled_backbone_does_for_all_sizes(data, compiles_fast):
+    task = DetectionTask(recipe(data, "unused", compile=True, model_options={"drop_path_rate": 0.0}))
+    body = task.model.backbone.body.train()
+    plain = copy.deepcopy(body)
+    assert body._compiled_call_impl
+    assert not plain._compiled_call_impl
+    for images in ((4, 3, 64, 96), (4, 3, 96, 64), (2, 3, 128, 160), (3, 3, 64, 224)):
+        x = torch.randn(images)
+        for model in (body, plain):
+            model.zero_grad()
+            sum(y.square().mean() for y in model(x)).backward()
+        for (name, weight), other in zip(body.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(weight.grad, other.grad, msg=name)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_a_compiled_detector_trains(data, tmp_path, compiles_fast):
+    options = {"epochs": 1, "min_sizes": (64, 80, 96), "model_options": {"drop_path_rate": 0.0}}
+    runs = [
+        train(recipe(data, tmp_path / str(compiled), compile=compiled, **options), quiet(), make_task=DetectionTask)
+        for compiled in (True, False)
+    ]
+    assert counters["stats"]["unique_graphs"] >= 1
+    records = [[json.loads(line) for line in run.folder.metrics.read_text().splitlines()] for run in runs]
+    losses = [[record["train_loss"] for record in found if "train_loss" in record] for found in records]
+    assert losses[0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -272,7 +315,8 @@ def test_a_classifier_of_ours_starts_a_detector(data, tmp_path):
         ({"min_sizes": (900,), "max_size": 800}, "must not exceed max_size"),
         ({"milestones": (11, 8)}, "rising numbers of epochs"),
         ({"crop": 2.0}, "crop must lie in"),
-        ({"compile": True}, "compiles anew"),
+        ({"compile": True, "compile_mode": "reduce-overhead"}, "CUDA graphs anew for every size"),
+        ({"compile": True, "parallel": "fsdp"}, "which --parallel fsdp divides"),
         ({"task": "classification"}, "recipe of --task detection"),
         ({"decay_rate": 0.0}, "decay_rate must lie in"),
     ],

@@ -57,6 +57,8 @@ class DetectionTask(Task):
         self.model = self._build_model()
         if recipe.gradient_checkpointing:
             self.model.backbone.body.set_grad_checkpointing()
+        if recipe.compile:
+            self.model.backbone.body.compile(dynamic=True)
 
     def _build_model(self) -> FasterRCNN:
         recipe = self.recipe
@@ -118,7 +120,7 @@ class DetectionTask(Task):
 
     def try_out(self, device: torch.device) -> None:
         """Run the backbone, which is what depends on the device, on an empty image."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             self.model.eval().backbone(torch.zeros(1, 3, 64, 64, device=device))
 
     def save_weights(self, weights: Mapping[str, Tensor], path: Path, figures: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from vmamba.training.recipe import OptimizerOptions, RunOptions, TaskName, _require, with_inherited_arguments
 
@@ -52,7 +52,10 @@ class DetectionRecipe(RunOptions):
         detections: Most objects reported in an image.
         epochs: Passes over the training images; 12 and 36 are the published schedules.
         batch_size: Images an update sees, all processes together; 16 as published.
+        compile: Compile the backbone with torch.compile, once for images of all sizes.
     """
+
+    compiles_whole: ClassVar[bool] = False  # regions and objects differ in number from image to image
 
     task: TaskName = "detection"
     model: str = "vmamba_tiny"
@@ -93,7 +96,15 @@ class DetectionRecipe(RunOptions):
         _require(0 < self.decay_rate <= 1, f"decay_rate must lie in (0, 1], not {self.decay_rate}")
         ordered = list(self.milestones) == sorted(set(self.milestones)) and min(self.milestones, default=1) >= 1
         _require(ordered, f"milestones must be rising numbers of epochs, not {list(self.milestones)}")
-        _require(not self.compile, "detectors see images of changing sizes, for each of which --compile compiles anew")
+        _require(
+            self.compile_mode == "default",
+            f"--compile_mode {self.compile_mode} records CUDA graphs anew for every size of images, and detectors see"
+            " many; leave it at default",
+        )
+        _require(
+            not self.compile or self.parallel == "ddp",
+            "detectors compile their backbone as a whole, which --parallel fsdp divides; use ddp",
+        )
         _require(
             self.optimizer.layer_decay == 1,
             "detectors train all layers at one rate; leave --optimizer.layer_decay at 1",

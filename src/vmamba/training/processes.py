@@ -91,7 +91,8 @@ def make_accelerator(recipe: RunOptions, device: str, blocks: tuple[str, ...] = 
         log_with=list(recipe.trackers) or None,
         project_config=ProjectConfiguration(logging_dir="."),  # the run folder, as soon as there is one
         dynamo_plugin=TorchDynamoPlugin(
-            backend=DynamoBackend.INDUCTOR if recipe.compile else DynamoBackend.NO, mode=recipe.compile_mode
+            backend=DynamoBackend.INDUCTOR if recipe.compile and recipe.compiles_whole else DynamoBackend.NO,
+            mode=recipe.compile_mode,
         ),
         fsdp_plugin=plugin,
         kwargs_handlers=[

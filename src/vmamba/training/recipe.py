@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AugmentationPolicy = Literal["auto", "none", "light", "photo"]
@@ -185,6 +185,8 @@ class RunOptions:
         checkpoints: Checkpoints.
         guards: Guards.
     """
+
+    compiles_whole: ClassVar[bool] = True  # False: the task compiles the part of its model that gains
 
     task: TaskName = "classification"
     epochs: int = 15

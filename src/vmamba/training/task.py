@@ -85,7 +85,8 @@ class Task(ABC):
         batch_type: The dataclass that the loaders yield, made anew from its fields when an update is replayed.
         model: Built and filled with its first weights, on the CPU; the engine moves, wraps and trains it. Parameters
             without `requires_grad` stay as they are. Its `forward` must serve training and evaluation, for that is
-            what is copied to other processes, compiled and run in mixed precision.
+            what is copied to other processes, compiled and run in mixed precision. A recipe whose `compiles_whole` is
+            False leaves compiling to the task, which then compiles parts of the model in place.
     """
 
     name: str
