@@ -52,7 +52,7 @@ class DetectionRecipe(RunOptions):
         detections: Most objects reported in an image.
         epochs: Passes over the training images; 12 and 36 are the published schedules.
         batch_size: Images an update sees, all processes together; 16 as published.
-        compile: Compile the backbone with torch.compile, once for images of all sizes.
+        compile: Compile the backbone with torch.compile, for open sizes rather than anew for each.
     """
 
     compiles_whole: ClassVar[bool] = False  # regions and objects differ in number from image to image
