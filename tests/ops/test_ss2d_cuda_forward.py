@@ -24,9 +24,10 @@ PLANS = {
     "table, large map": (6, 96, bf16, f32, bf16, TablePlan(8, 8)),
     "table, small map, high rank": (48, 768, bf16, bf16, bf16, TablePlan(8, 1, images=2, teams=8, staged=True)),
     "table, odd channels, rank 7, float16": (7, 33, f16, f32, f32, TablePlan(8, 2, blocks=4)),
-    "lines": (12, 192, bf16, f32, bf16, LinePlan(14, 2, blocks=3)),
+    "lines": (12, 192, bf16, f32, bf16, LinePlan(8, 8)),
+    "lines, piped": (12, 192, bf16, f32, bf16, LinePlan(14, 2, blocks=3, piped=True)),
     "lines, high rank": (24, 384, bf16, f32, bf16, LinePlan(14, 1, quad=2, teams=2, blocks=3, ahead=0)),
-    "lines, two images, odd span": (6, 96, bf16, f32, bf16, LinePlan(7, 1, quad=2, teams=2, blocks=4)),
+    "lines, two images, odd span": (6, 96, bf16, f32, bf16, LinePlan(7, 1, quad=2, teams=2, blocks=4, piped=True)),
     "lines, four images, odd span": (48, 768, bf16, f32, f32, LinePlan(7, 1, quad=4, teams=2, blocks=3)),
 }
 CLUSTERS = {
@@ -95,9 +96,10 @@ def test_lines_are_taken_only_where_they_were_measured_to_win():
         return plan_forward(Problem(height, width, rank, channels // 16, batch), H200)
 
     assert chosen(7, 7, 48, 768) == LinePlan(7, 1, quad=4, teams=2, blocks=3)
-    assert chosen(14, 14, 6, 96, 2675) == LinePlan(7, 1, quad=2, teams=2, blocks=4)
+    assert chosen(14, 14, 6, 96, 2675) == LinePlan(7, 1, quad=2, teams=2, blocks=4, piped=True)
     assert chosen(14, 14, 24, 384) == LinePlan(14, 1, quad=2, teams=2, blocks=3, ahead=0)
-    assert chosen(28, 28, 12, 192) == LinePlan(14, 2, blocks=3)
+    assert chosen(28, 28, 12, 192) == LinePlan(14, 2, blocks=3, piped=True)
+    assert chosen(28, 28, 24, 192) == LinePlan(14, 2, blocks=3)
     assert chosen(56, 56, 6, 96) == LinePlan(8, 8)
     assert chosen(20, 20, 12, 192) == TablePlan(8, 2, blocks=4)
     for side in (8, 10, 13, 16, 24, 40, 42):
@@ -213,6 +215,7 @@ SHAPES = [
     (2, 14, 14, 144, 24),
     (3, 14, 14, 40, 6),
     (3, 28, 28, 32, 12),
+    (2, 28, 28, 17, 24),
     (1, 31, 33, 33, 15),
     (1, 56, 56, 24, 6),
     (1, 20, 20, 6, 64),

@@ -160,6 +160,7 @@ class LinePlan(NamedTuple):
         teams: Groups of 16 channels that a block takes side by side.
         blocks: Blocks that a multiprocessor should hold; what it holds at most bounds the registers of a thread.
         ahead: What is loaded one chunk ahead: 0 nothing, 1 projections, 2 the map too.
+        piped: Whether the first pass keeps products and states, and sums are loaded a batch ahead; not with quad 4.
     """
 
     span: int
@@ -168,6 +169,7 @@ class LinePlan(NamedTuple):
     teams: int = 1
     blocks: int = 1
     ahead: int = 1
+    piped: bool = False
 
     @property
     def kernel(self) -> str:
@@ -198,6 +200,7 @@ class LinePlan(NamedTuple):
             ("TEAMS", self.teams),
             ("BLOCKS", self.blocks),
             ("AHEAD", self.ahead),
+            ("PIPED", int(self.piped)),
         )
 
     def grid(self, problem: Problem) -> int:
@@ -325,8 +328,9 @@ def _line_plan(problem: Problem) -> LinePlan | None:
 # Fewest and most positions, highest rank, plan. Spans of 10 lost to the tables at 20x20, of 14 at 56x56.
 _LINE_PLANS = (
     (1, 64, 64, LinePlan(7, 1, quad=4, teams=2, blocks=3)),
-    (65, 200, 6, LinePlan(7, 1, quad=2, teams=2, blocks=4)),
+    (65, 200, 6, LinePlan(7, 1, quad=2, teams=2, blocks=4, piped=True)),
     (65, 400, 64, LinePlan(14, 1, quad=2, teams=2, blocks=3, ahead=0)),
+    (401, 1600, 12, LinePlan(14, 2, blocks=3, piped=True)),
     (401, 1600, 64, LinePlan(14, 2, blocks=3)),
     (1601, 10**9, 64, LinePlan(8, 8)),
 )

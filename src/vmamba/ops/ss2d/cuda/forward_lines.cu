@@ -11,6 +11,7 @@ constexpr int CHUNK = LANES * T;    // positions of an image in a warp's tile
 constexpr int STEP = LANES * WARPS; // spans of a route that its group handles at a time
 constexpr int THREADS = 64 * WARPS * TEAMS;
 static_assert(QUAD == 1 || WARPS == 1, "a ring of warps carries the state of one image");
+static_assert(QUAD < 4 || !PIPED, "a whole sequence needs nothing completed");
 
 struct Shared {
     struct Team {
@@ -115,34 +116,49 @@ struct Slots {
     __device__ __forceinline__ u32 at(int i) const { return (i & 1 ? odd : even) + i * step; }
 };
 
-// Run the recurrence again, now from the right state (or, with QUAD = 4, take the states), and merge C h into the map.
+// Run the recurrence again, now from the right state, or take the states (QUAD = 4), or complete them (PIPED: a holds
+// the products from the span's start, b the states from zero), and merge C h into the map.
 template <Merge MODE>
 __device__ __forceinline__ void merge(const float (&a)[T][2], const float (&b)[T][2], const float (&c)[T],
                                       float (&h)[2], const u32 (&x)[T], const Slots& slots, u64 target, int y_step,
                                       const Output& out, bool first, bool inside) {
     constexpr bool MIXED = MODE == MIXED_STORE || MODE == MIXED_FINISH;
     constexpr int BATCH = 4;
+    float2 sum[2][BATCH];
+    auto load = [&](int from) {
+#pragma unroll
+        for (int i = 0; i < BATCH && from + i < T; i++) {
+            float2& of = sum[from / BATCH % 2][i];
+            of = make_float2(0.f, 0.f);
+            if (MODE != STORE && !(MODE == MIXED_STORE && first)) of = load_shared_float2(slots.at(from + i));
+        }
+    };
+    if (PIPED) load(0);
 #pragma unroll
     for (int i0 = 0; i0 < T; i0 += BATCH) {
-        float2 sum[BATCH];
+        if (PIPED) load(i0 + BATCH);  // before the stores of this batch, which loads do not pass
+        // Not through `load`: the assembler then orders the instructions otherwise than when they were timed.
 #pragma unroll
-        for (int i = 0; i < BATCH && i0 + i < T; i++) {
-            sum[i] = make_float2(0.f, 0.f);
-            if (MODE != STORE && !(MODE == MIXED_STORE && first)) sum[i] = load_shared_float2(slots.at(i0 + i));
+        for (int i = 0; i < BATCH && i0 + i < T && !PIPED; i++) {
+            sum[0][i] = make_float2(0.f, 0.f);
+            if (MODE != STORE && !(MODE == MIXED_STORE && first)) sum[0][i] = load_shared_float2(slots.at(i0 + i));
         }
 #pragma unroll
         for (int i = 0; i < BATCH && i0 + i < T; i++) {
+            float2& of = sum[PIPED ? i0 / BATCH % 2 : 0][i];
+            float own[2];  // h stays the state before the span
+            float(&state)[2] = PIPED ? own : h;
 #pragma unroll
-            for (int k = 0; k < 2; k++) h[k] = QUAD == 4 ? b[i0 + i][k] : fmaf(a[i0 + i][k], h[k], b[i0 + i][k]);
-            sum[i].x = fmaf(c[i0 + i], h[0], sum[i].x);
-            sum[i].y = fmaf(c[i0 + i], h[1], sum[i].y);
+            for (int k = 0; k < 2; k++) state[k] = QUAD == 4 ? b[i0 + i][k] : fmaf(a[i0 + i][k], h[k], b[i0 + i][k]);
+            of.x = fmaf(c[i0 + i], state[0], of.x);
+            of.y = fmaf(c[i0 + i], state[1], of.y);
             if (MIXED && !inside) continue;
             if (MODE == FINISH || (MODE == MIXED_FINISH && !first)) {
                 const u32 both = x[i0 + i];
-                out.write_at(step_on(target, i0 + i, y_step), fmaf(out.skip[0], unpack_low(both), LN2 * sum[i].x),
-                             fmaf(out.skip[1], unpack_high(both), LN2 * sum[i].y));
+                out.write_at(step_on(target, i0 + i, y_step), fmaf(out.skip[0], unpack_low(both), LN2 * of.x),
+                             fmaf(out.skip[1], unpack_high(both), LN2 * of.y));
             } else {
-                store_shared(slots.at(i0 + i), sum[i]);
+                store_shared(slots.at(i0 + i), of);
             }
         }
     }
@@ -257,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 if (AHEAD >= 2) next.fetch_x(in, position);
             }
             if (QUAD == 4) h[0] = incoming[0], h[1] = incoming[1];
-            scan_lane<true, QUAD == 4>(a, b, xs, decay, product, h);
+            scan_lane<true, QUAD == 4, PIPED>(a, b, xs, decay, product, h);
             if (overflowed(h)) {
                 Chunk again;
                 again.fetch_projected(in, here, lane);
@@ -265,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 product[0] = product[1] = 1.f;
                 h[0] = QUAD == 4 ? incoming[0] : 0.f;
                 h[1] = QUAD == 4 ? incoming[1] : 0.f;
-                scan_lane<false, QUAD == 4>(a, b, xs, decay, product, h);
+                scan_lane<false, QUAD == 4, PIPED>(a, b, xs, decay, product, h);
             }
             if (QUAD == 4) {
                 incoming[0] = h[0];

@@ -188,8 +188,9 @@ __device__ __forceinline__ float step_size(float v) {
 }
 
 // From step sizes to decays and inputs, and the recurrence over a lane's positions. WHOLE: from the true state, and b
-// becomes the states; otherwise from zero, with the product of the decays.
-template <bool FAST, bool WHOLE>
+// becomes the states; otherwise from zero, with the product of the decays. KEPT: b becomes the states from zero, and a
+// the products so far, by which the true state before counts in each.
+template <bool FAST, bool WHOLE, bool KEPT = false>
 __device__ __forceinline__ void scan_lane(float (&a)[T][2], float (&b)[T][2], const u32 (&x)[T],
                                           const float (&decay)[2], float (&product)[2], float (&h)[2]) {
 #pragma unroll
@@ -203,11 +204,9 @@ __device__ __forceinline__ void scan_lane(float (&a)[T][2], float (&b)[T][2], co
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             h[k] = fmaf(a[i][k], h[k], b[i][k]);
-            if (WHOLE) {
-                b[i][k] = h[k];
-            } else {
-                product[k] *= a[i][k];
-            }
+            if (WHOLE || KEPT) b[i][k] = h[k];
+            if (!WHOLE) product[k] *= a[i][k];
+            if (!WHOLE && KEPT) a[i][k] = product[k];
         }
     }
 }
