@@ -20,6 +20,8 @@ def run(data, folder, **options):
     return train(recipe(data, folder, device="cuda", augmentation=plain, optimizer=fast, **options), quiet())
 
 
+# PyTorch opens its pool for graphs by capturing nothing, and warns of that itself.
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @pytest.mark.parametrize("compiled", [None, "default", "reduce-overhead"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_learns(colours, tmp_path, precision, compiled):
