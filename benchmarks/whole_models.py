@@ -3,6 +3,7 @@
     python benchmarks/whole_models.py                            # every figure, appended to results/whole_models.csv
     python benchmarks/whole_models.py --figures inference training --sizes tiny
     python benchmarks/whole_models.py --profile vmamba_tiny      # the kernels a batch spends its time in
+    python benchmarks/whole_models.py --draw                     # the newest rows of growth: docs/figures/growth.png
 
 The models of a row take turns in one process, all compiled in the same way, all in the same dtype. With CUDA graphs
 ("reduce-overhead", unless --compiled says otherwise) a batch costs what its kernels cost; without, hosts that are slow
@@ -19,9 +20,11 @@ from typing import Any, get_args
 
 import torch
 
+from vmamba.analysis.figures import new_figure, save_figure
 from vmamba.analysis.throughput import CompileMode, Measurement, Precision, Runner, Workload, compare, measure, rows
 
 RESULTS = Path(__file__).parent / "results" / "whole_models.csv"
+FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "growth"
 SWIN = "swin_{}_patch4_window7_224"
 FIGURES = ("inference", "training", "latency", "growth", "detection")
 # Side: batch, of about the same number of pixels.
@@ -99,6 +102,26 @@ def profile(workload: Workload) -> None:
         print(f"  {ms:8.4f} ms {count[name] / calls:6.1f} x  {name}")
 
 
+def draw(path: Path) -> None:
+    """Draw the newest growth in a table: nanoseconds a pixel over the side of the image, a line a model."""
+    with path.open(newline="") as stream:
+        table = [row for row in csv.DictReader(stream) if row["figure"] == "growth"]
+    if not table:
+        raise SystemExit(f"{path} holds no rows of growth; measure them first: --figures growth")
+    newest = [row for row in table if row["commit"] == table[-1]["commit"]]
+    figure, axes = new_figure(4.2)
+    for name, marker in zip(dict.fromkeys(row["model"] for row in newest), "os^D", strict=False):
+        own = {int(row["width"]): row for row in newest if row["model"] == name}
+        pixels = [float(row["median_ms"]) * 1e6 / (int(row["batch_size"]) * side**2) for side, row in own.items()]
+        axes.plot(list(own), pixels, marker=marker, label=name)
+        print(f"{name:32}", *(f"{side}: {ns:.3f}" for side, ns in zip(own, pixels, strict=True)), "ns a pixel")
+    axes.set(xlabel="side of the image, pixels", ylabel="nanoseconds a pixel", ylim=(0, None))
+    axes.set_xticks(sorted({int(row["width"]) for row in newest}))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    print(*save_figure(figure, FIGURE), sep="\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figures", nargs="+", choices=FIGURES, default=FIGURES)
@@ -111,14 +134,21 @@ def main() -> None:
     parser.add_argument("--profile", nargs="+", metavar="MODEL", help="kernels of these models, nothing else")
     parser.add_argument("--fused", action="store_true", help="profile the fused form")
     parser.add_argument("--mode", choices=("inference", "training"), default="inference", help="of --profile")
+    parser.add_argument("--img_size", type=int, nargs=2, default=(224, 224), metavar=("H", "W"), help="of --profile")
+    parser.add_argument("--batch_size", type=int, default=128, help="of --profile")
+    parser.add_argument("--draw", action="store_true", help="draw the growth in --output, measure nothing")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if arguments.draw:
+        return draw(arguments.output)
     if not torch.cuda.is_available():
         parser.error("no CUDA device is here; these figures are measured on one")
     torch.set_float32_matmul_precision("high")
     precision: Precision = "bfloat16" if arguments.mode == "inference" else "autocast-bfloat16"
     for name in arguments.profile or ():
-        profile(Workload(name, mode=arguments.mode, precision=precision, fused=arguments.fused))
+        conditions: dict[str, Any] = {"img_size": tuple(arguments.img_size), "batch_size": arguments.batch_size}
+        conditions["compiled"] = (arguments.compiled or ["default"])[0]
+        profile(Workload(name, mode=arguments.mode, precision=precision, fused=arguments.fused, **conditions))
     if arguments.profile:
         return
     for figure in arguments.figures:
