@@ -140,7 +140,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.draw:
-        return draw(arguments.output)
+        draw(arguments.output)
+        return
     if not torch.cuda.is_available():
         parser.error("no CUDA device is here; these figures are measured on one")
     torch.set_float32_matmul_precision("high")

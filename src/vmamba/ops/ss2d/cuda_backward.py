@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     stages: int  # chunks that a warp has staged
     cluster: int  # blocks that share a map
     stash: bool  # whether sums of the gradient of dt_weight lie in shared memory
+    held: int  # layouts whose operands lie in shared memory at once
     pieces: int  # spans of a segment; a warp has four segments
     shared_bytes: int
     workspace: int  # float32 values of a team
@@ -53,19 +54,34 @@ class Plan(NamedTuple):
 
 class _Problem(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "dy", "projected", "packed", "D", "dx", "dprojected", "dweight")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "dy", "projected", "packed", "skip", "dx", "dprojected", "dweight")
+        ),
         *((name, ctypes.c_void_p) for name in ("sums", "workspace", "turns")),
         *(
             (name, ctypes.c_int)
             for name in ("length", "channels", "channel_blocks", "chunks", "images", "maps", "pieces")
         ),
         *((name, ctypes.c_int) for name in ("height", "width", "columns")),
+        ("magic", ctypes.c_uint),
+    ]
+
+
+class _Finish(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("sums", "weights", "exact", "dprojected", "dweight", "dbias", "dA", "dD")
+        ),
+        *((name, ctypes.c_int) for name in ("length", "chunks", "pieces", "height", "width", "columns")),
+        *((name, ctypes.c_int) for name in ("channels", "channel_blocks")),
     ]
 
 
 class _Preparation(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "A", "packed")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "A", "D", "packed", "skip")),
         ("zero", ctypes.c_void_p * 4),
         ("count", ctypes.c_ulonglong * 4),
         ("channels", ctypes.c_int),
@@ -95,7 +111,7 @@ def operand_items(rank: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> i
     """Count the 16-byte operands a lane has for 16 channels of one route; as in backward_chunk.cuh."""
     tiles, bf16, weight16 = -(-rank // 16), dtype == torch.bfloat16, weight_dtype == dtype
     terms = 1 if weight16 else 3 if bf16 else 2
-    back = 1 if bf16 and weight16 else 2
+    back = 1 if bf16 else 2
     return tiles * (terms + back) + (rank + 1) // 16 - rank // 16 + 3
 
 
@@ -114,11 +130,12 @@ def _fill_in(
     dy_dtype: torch.dtype,
     cut: tuple[int, int, int, bool, int],
     cluster: int = 1,
+    held: int = 1,
 ) -> Plan:
     """Complete a row of the tables above."""
     span, warps, blocks, spill, stages = cut
     team = length > _SMALL
-    merged, operands = length * _CHANNELS * 4, 2 * 16 * (32 * (items - 2) + 16)
+    merged, operands = length * _CHANNELS * 4, held * 2 * 16 * (32 * (items - 2) + 16)
     stashed = -(-rank // 8) * 1024 if rank > _KEPT else 0
     sharing = warps * cluster if team else 1
     pieces = -(-length // (4 * sharing * span))
@@ -126,7 +143,7 @@ def _fill_in(
     shared += warps * stages * stage_bytes(rank, span, spill, dy_dtype)
     shared += 0 if spill else merged * (1 if team else warps)
     workspace = (pieces * 1024 * sharing + spill * merged) // 4
-    return Plan(span, warps, team, blocks, spill, stages, cluster, stashed > 0, pieces, shared, workspace)
+    return Plan(span, warps, team, blocks, spill, stages, cluster, stashed > 0, held, pieces, shared, workspace)
 
 
 @functools.cache
@@ -155,7 +172,8 @@ def plan_backward(
         if cuts is _LARGER_MAPS:
             while cluster < _LARGEST_CLUSTER and maps * cluster < _CLUSTERED * places:
                 cluster *= 2
-        plans = [_fill_in(length, rank, items, dy_dtype, cut, cluster) for cut in cuts]
+        held = (2, 1) if cuts is _SMALL_MAPS else (1,)  # the first that fits is taken
+        plans = [_fill_in(length, rank, items, dy_dtype, cut, cluster, n) for cut in cuts for n in held]
         # Twelve warps were measured to win only where the sums of dt_weight lie in registers.
         plans = [plan for plan in plans if not (plan.team and plan.stash and plan.warps * plan.blocks > 8)]
         plans = [plan for plan in plans if plan.blocks * (plan.shared_bytes + 1024) <= shared_limit + 1024]
@@ -193,6 +211,7 @@ def backward_defines(
         ("THREADS", 32 * plan.warps),
         ("BLOCKS", plan.blocks),
         ("OPERAND_ITEMS", operand_items(rank, dtype, weight_dtype)),
+        ("HELD", plan.held),
         ("STAGES", plan.stages),
         ("STAGE_BYTES", stage_bytes(rank, plan.span, plan.spill, dy_dtype)),
         ("CLUSTER", plan.cluster),
@@ -241,11 +260,11 @@ def backward(
     if dy.dtype != x.dtype:
         dy = dy.float()
     dx, dprojected = torch.empty_like(x, memory_format=torch.contiguous_format), projected.new_empty(projected.shape)
-    sums = [torch.empty(t.shape, dtype=torch.float32, device=x.device) for t in (dt_weight, dt_bias, A, D)]
+    rounded = [torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in (dt_weight, dt_bias, A, D)]
     if x.numel() == 0:
-        for tensor in (dprojected, *sums):
+        for tensor in (dprojected, *rounded):
             tensor.zero_()
-        return dx, dprojected, sums[0].to(dt_weight.dtype), sums[1], sums[2], sums[3]
+        return dx, dprojected, rounded[0], rounded[1], rounded[2], rounded[3]
 
     device = torch.cuda.get_device_properties(x.device)
     items = operand_items(rank, x.dtype, dt_weight.dtype)
@@ -265,28 +284,32 @@ def backward(
     slots = 4 * (-(-plan.span // 4) * 4)  # of a chunk
     merged = torch.empty(batch * 4 * (rank + 2) * chunks * slots, dtype=torch.float32, device=x.device)
     packed = torch.empty(4 * blocks * items * 32 * 4, dtype=torch.int32, device=x.device)
-    exact = torch.empty(3 * 4 * channels, dtype=torch.float64, device=x.device)
+    weights = torch.empty(4 * blocks * -(-rank // 8) * 32 * 4, dtype=torch.float32, device=x.device)
+    skip = torch.empty(blocks * _CHANNELS, dtype=torch.float32, device=x.device)
+    exact = torch.empty(blocks * (4 * 32 + _CHANNELS), dtype=torch.float64, device=x.device)
     teams = teams if plan.team else teams * plan.warps
     workspace = torch.empty(teams * plan.workspace, dtype=torch.float32, device=x.device)
     ordered = torch.are_deterministic_algorithms_enabled()
     turns = torch.empty(1 + ordered * (2 * blocks + batch * 2 * chunks), dtype=torch.int32, device=x.device)
     dy, x, projected, dt_weight, dt_bias, A, D = (_aligned(t) for t in (dy, x, projected, dt_weight, dt_bias, A, D))
 
-    cleared = (merged, sums[0], exact, turns)
+    cleared = (merged, weights, exact, turns)
     preparation = _Preparation(
-        *(t.data_ptr() for t in (dt_weight, dt_bias, A, packed)),
+        *(t.data_ptr() for t in (dt_weight, dt_bias, A, D, packed, skip)),
         (ctypes.c_void_p * 4)(*(t.data_ptr() for t in cleared)),
         (ctypes.c_ulonglong * 4)(*(t.nbytes // 4 for t in cleared)),
         channels,
         blocks,
     )
     prepare.launch((_PREPARE_BLOCKS, 1, 1), _THREADS, [preparation])
-    pointers = (x, dy, projected, packed, D, dx, merged, sums[0], exact, workspace, turns)
-    sizes = (length, channels, blocks, chunks, batch, maps, plan.pieces, height, width, columns)
+    pointers = (x, dy, projected, packed, skip, dx, merged, weights, exact, workspace, turns)
+    sizes = (length, channels, blocks, chunks, batch, maps, plan.pieces, height, width, columns, (2**32 - 1) // height)
     problem = _Problem(*(t.data_ptr() for t in pointers), *sizes)
     main.launch((grid, 1, 1), 32 * plan.warps, [problem], shared_bytes=plan.shared_bytes, cluster=plan.cluster)
-    arguments: list[nvrtc.Argument] = [merged, dprojected, length, chunks, plan.pieces, height, width, columns]
-    arguments += [exact, *sums[1:], channels]
+    found = (merged, weights, exact, dprojected, *rounded)
+    ending = _Finish(
+        *(t.data_ptr() for t in found), length, chunks, plan.pieces, height, width, columns, channels, blocks
+    )
     together = max(2048 // ((rank + 2) * slots), 1)  # chunks of a block
-    finish.launch((batch * 4 * -(-chunks // together), 1, 1), _THREADS, arguments)
-    return dx, dprojected, sums[0].to(dt_weight.dtype), sums[1], sums[2], sums[3]
+    finish.launch((batch * 4 * -(-chunks // together), 1, 1), _THREADS, [ending])
+    return dx, dprojected, rounded[0], rounded[1], rounded[2], rounded[3]

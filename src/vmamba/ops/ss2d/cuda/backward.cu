@@ -9,7 +9,7 @@ struct Block {
     u64 map;  // start of the image and the channels in x
     char* stage;      // STAGES chunks of the warp
     Source source;
-    uint4* operands;  // (2, OPERANDS)
+    uint4* operands;  // (HELD, 2, OPERANDS)
     char* merged;     // (positions, 16) float32
     float4* table;    // (2, chunks, 32): what each piece starts from
     float* joins;     // (2, warps, 3, 16)
@@ -35,7 +35,7 @@ struct Block {
         stash = rest + index * (2 * RANK_FRAGMENTS * 32) + lane;
         if (STASH) rest += 2 * RANK_FRAGMENTS * 32 * warps;
         operands = reinterpret_cast<uint4*>(rest);
-        rest += 2 * OPERANDS;
+        rest += HELD * 2 * OPERANDS;
         stage = reinterpret_cast<char*>(rest) + index * (STAGES * STAGE);
         rest += warps * (STAGES * STAGE / 16);
         const u64 team = TEAM ? blockIdx.x / CLUSTER : blockIdx.x * warps + index;
@@ -78,27 +78,35 @@ struct Block {
 #endif
     }
 
-    __device__ __forceinline__ const uint4* weights(int slot) const { return operands + slot * OPERANDS + lane; }
+    __device__ __forceinline__ const uint4* weights(int pass, int slot) const {
+        return operands + (HELD == 2 ? 2 * pass + slot : slot) * OPERANDS + lane;
+    }
 
-    // Brings the operands of a pass's two routes into shared memory.
+    // Starts to bring the operands of a pass's two routes into shared memory, or before the first pass those of both.
     __device__ __forceinline__ void fetch_weights(int pass) {
-        if (!TEAM) __syncthreads();
-        for (int k = 0; k < 2; k++) {
-            const uint4* from = p.packed + (u64(pass + 2 * k) * p.channel_blocks + channel_block) * ITEMS * 32;
+        if (HELD == 2 && pass) return;
+        if (!TEAM && pass) __syncthreads();
+#pragma unroll 1
+        for (int k = 0; k < 2 * HELD; k++) {
+            const int route = HELD == 2 ? k / 2 + k % 2 * 2 : pass + 2 * k;
+            const uint4* from = p.packed + (u64(route) * p.channel_blocks + channel_block) * ITEMS * 32;
             for (int i = threadIdx.x; i < OPERANDS; i += blockDim.x) {
-                operands[k * OPERANDS + i] = __ldg(from + (i < CONSTANTS * 32 ? i : 4 * i - 3 * CONSTANTS * 32));
+                const uint4* item = from + (i < CONSTANTS * 32 ? i : 4 * i - 3 * CONSTANTS * 32);
+                copy16(reinterpret_cast<char*>(operands + k * OPERANDS + i), reinterpret_cast<const char*>(item), 16);
             }
         }
-        __syncthreads();
     }
 
     __device__ __forceinline__ float4& entry(int slot, int piece) const {
         return table[(slot * p.chunks + warp * p.pieces + piece) * 32];
     }
 
-    // Notes what a piece would start from if its segment started from zero, and the share of what enters it keeps.
-    __device__ __forceinline__ void note(int slot, int piece, const Affine (&run)[2]) const {
-        entry(slot, piece) = make_float4(run[0].ascending, run[1].ascending, run[0].product, run[1].product);
+    // Notes what a piece would start from if its segment started from zero, and the share of what enters it keeps:
+    // beside what stays staged until the descending sweep, else in the table.
+    __device__ __forceinline__ void note(int slot, int piece, bool stays, char* staged, const Affine (&run)[2]) const {
+        const float4 noted = make_float4(run[0].ascending, run[1].ascending, run[0].product, run[1].product);
+        if (stays) *reinterpret_cast<float4*>(staged + STAGE_NOTES + slot * 512 + lane * 16) = noted;
+        if (!stays) entry(slot, piece) = noted;
     }
 
     // What enters the lane's segment from below and from above. The totals of warps meet in shared memory.
@@ -186,44 +194,27 @@ struct Block {
         return p.dprojected + ((u64(image * 4 + route) * ROW + g) * u32(p.chunks) + chunk) * CHUNK + 4 * t;
     }
 
-    __device__ __forceinline__ void flush(int route, Sums& sums) const {
+    // Sums of a route go where `ss2d_backward_finish` finds them, each lane's beside its neighbours'.
+    __device__ __forceinline__ void flush(int route, const Sums& sums) const {
+        const u32 block = route * p.channel_blocks + channel_block;
+        float* to = p.dweight + (u64(block) * (RANK_FRAGMENTS * 32) + lane) * 4;
 #pragma unroll
-        for (int c = 0; c < 2; c++) {
-            const u64 line = u64(route) * p.channels + channel + c;
-            const bool exists = channel + c < p.channels;
-#pragma unroll
-            for (int tile = 0; tile < RANK_FRAGMENTS; tile++) {
-                const int rank = 8 * tile + 2 * t;
-                float* q = p.dweight + line * RANK + rank;
-                float sum[4];
-                sums.get(tile, sum);
-                if (RANK % 2 == 0) {
-                    if (exists && rank < RANK) add_global2(q, sum[2 * c], sum[2 * c + 1]);
-                } else {
-                    if (exists && rank < RANK) add_global(q, sum[2 * c]);
-                    if (exists && rank + 1 < RANK) add_global(q + 1, sum[2 * c + 1]);
-                }
-            }
-            float dA = sums.A[c], dbias = sums.bias[c];
-            dA += from_lane(dA, 1);
-            dbias += from_lane(dbias, 1);
-            dA += from_lane(dA, 2);
-            dbias += from_lane(dbias, 2);
-            if (exists && t == 0) {
-                add_global(p.sums + line, dbias);
-                add_global(p.sums + u64(4) * p.channels + line, dA);
-            }
+        for (int tile = 0; tile < RANK_FRAGMENTS; tile++) {
+            float sum[4];
+            sums.get(tile, sum);
+            add_global4(to + tile * 128, sum[0], sum[1], sum[2], sum[3]);
         }
+        // Over the lanes of a row: lane t is left with the sum of what is to become number t.
+        const bool odd = t & 1, upper = t & 2;
+        const float bias = (odd ? sums.bias[1] : sums.bias[0]) + from_lane(odd ? sums.bias[0] : sums.bias[1], 1);
+        const float A = (odd ? sums.A[1] : sums.A[0]) + from_lane(odd ? sums.A[0] : sums.A[1], 1);
+        add_global(p.sums + u64(block) * 32 + lane, (upper ? A : bias) + from_lane(upper ? bias : A, 2));
     }
 
-    __device__ __forceinline__ void flush_skip(float (&dD)[2]) const {
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-            dD[c] += from_lane(dD[c], 1);
-            dD[c] += from_lane(dD[c], 2);
-            // Every route passes x on by D, so all four gradients are the same: lane t adds that of route t.
-            if (channel + c < p.channels) add_global(p.sums + u64(8 + t) * p.channels + channel + c, dD[c]);
-        }
+    __device__ __forceinline__ void flush_skip(const float (&dD)[2]) const {
+        float sum = (t & 1 ? dD[1] : dD[0]) + from_lane(t & 1 ? dD[0] : dD[1], 1);
+        sum += from_lane(sum, 2);
+        if (t < 2) add_global(p.sums + u64(p.channel_blocks) * 128 + 16 * channel_block + 2 * g + t, sum);
     }
 
     __device__ __forceinline__ void store_dx(u32 where, const char* staged, const Inputs& in, const float (&dx)[2][T],
@@ -261,9 +252,13 @@ struct Block {
 #pragma unroll
         for (int i = 0; i < 4; i++) run[i >> 1][i & 1] = {1.f, 0.f, 0.f};
         if (pieces > 0) copy_inputs(stage, source, pass, source.find(layout, warp, 0, lane), lane);
+        if (HELD == 1 || pass == 0) {
+            copies_arrived();
+            __syncthreads();  // every warp's share of the operands
+        }
 #pragma unroll 1
         for (int piece = 0; piece < pieces; piece++) {
-            const char* staged = buffer(piece);
+            char* staged = buffer(piece);
             copies_arrived();
             if (STAGES == 2 && piece + 1 < pieces) {
                 copy_inputs(buffer(piece + 1), source, pass, source.find(layout, warp, piece + 1, lane), lane);
@@ -272,17 +267,17 @@ struct Block {
             Steps steps;
             Ranks ranks;
             in.load(staged, lane);
-            note(0, piece, run[0]);
-            note(1, piece, run[1]);
+            note(0, piece, piece >= pieces - STAGES, staged, run[0]);
+            note(1, piece, piece >= pieces - STAGES, staged, run[1]);
             ranks.load(ranks_of(staged, pass, 0), t);
-            steps.compute(ranks, weights(0), select, lane);
+            steps.compute(ranks, weights(pass, 0), select, lane);
             summarize<false>(steps, in, run[0]);
             ranks.load(ranks_of(staged, pass, 1), t);
             if (STAGES == 1 && piece + 1 < pieces) {
                 __syncwarp();
                 copy_inputs(stage, source, pass, source.find(layout, warp, piece + 1, lane), lane);
             }
-            steps.compute(ranks, weights(1), select, lane);
+            steps.compute(ranks, weights(pass, 1), select, lane);
             summarize<REVERSED>(steps, in, run[1]);
         }
         __syncwarp();
@@ -290,15 +285,23 @@ struct Block {
         join_segments(run, below, above);
     }
 
-    __device__ __forceinline__ u32 copy_chunk(char* to, const Layout& layout, int pass, int piece) const {
+    // `stays`: the ascending sweep has left the chunk where it is to be.
+    __device__ __forceinline__ u32 copy_chunk(char* to, const Layout& layout, int pass, int piece, bool stays) const {
         const u32 where = source.find(layout, warp, piece, lane);
-        copy_inputs(to, source, pass, where, lane);
+        if (!stays) {
+            copy_inputs(to, source, pass, where, lane);
 #pragma unroll
-        for (int slot = 0; slot < 2; slot++) {
-            copy16(to + STAGE_NOTES + slot * 512 + lane * 16, reinterpret_cast<const char*>(&entry(slot, piece)), 16);
+            for (int slot = 0; slot < 2; slot++) {
+                const float4& noted = entry(slot, piece);
+                copy16(to + STAGE_NOTES + slot * 512 + lane * 16, reinterpret_cast<const char*>(&noted), 16);
+            }
         }
-        if (SPILL && pass) copy_rows<64>(to + STAGE_MERGED, merged, 64, where, lane);
+        if (STAGES == 2) copy_merged(to, pass, where);
         return where;
+    }
+
+    __device__ __forceinline__ void copy_merged(char* to, int pass, u32 where) const {
+        if (SPILL && pass) copy_rows<64>(to + STAGE_MERGED, merged, 64, where, lane);
     }
 
     template <bool REVERSE, bool FIRST>
@@ -312,7 +315,7 @@ struct Block {
         Products out;
         const char* own = ranks_of(staged, pass, slot);
         ranks.load(own, t);
-        steps.compute(ranks, weights(slot), select, lane);
+        steps.compute(ranks, weights(pass, slot), select, lane);
         const float4 noted = *reinterpret_cast<const float4*>(staged + STAGE_NOTES + slot * 512 + lane * 16);
         const float ascending[2] = {fmaf(noted.z, below[0], noted.x), fmaf(noted.w, below[1], noted.y)};
         adjoint_scan<REVERSE, FIRST>(steps, in, ascending, above, dx, sums, out);
@@ -320,17 +323,18 @@ struct Block {
         add_weight_gradient(out, ranks, own, t, sums);
         if (!FIRST && STAGES == 1 && piece > 0) {  // all that this chunk reads has been read
             __syncwarp();
-            next = copy_chunk(stage, layout, pass, piece - 1);
+            next = copy_chunk(stage, layout, pass, piece - 1, false);
         }
         const u64 row_stride = u64(u32(p.chunks)) * CHUNK;
         float* to = first + chunk * CHUNK + (slot ? 2 * ROW * row_stride : 0);
-        emit(turned, weights(slot), to, row_stride, g);
+        emit(turned, weights(pass, slot), to, row_stride, g);
     }
 
     __device__ __forceinline__ void layout_pass(int pass) {
-        const Layout layout(pass && p.columns, p.height, p.width);
+        const Layout layout(pass && p.columns, p.height, p.width, p.magic);
         const int begun = p.length - 4 * warp * source.segment;  // positions from the warp on
-        const int pieces = max(min((begun + T - 1) / T, p.pieces), 0);
+        const bool exists = TEAM || image < p.images;
+        const int pieces = exists ? max(min((begun + T - 1) / T, p.pieces), 0) : 0;
         float below[2][2], above[2][2];
         summarize_pass(layout, pass, pieces, below, above);
 
@@ -339,20 +343,21 @@ struct Block {
         sums[1].begin(stash + RANK_FRAGMENTS * 32);
         float dD[2] = {};  // or, by columns, the sum of D
         if (pass) {
-            for (int c = 0; c < 2; c++) {
-                for (int k = 0; k < 4 && channel + c < p.channels; k++) dD[c] += p.D[k * p.channels + channel + c];
-            }
+            const float2 skip = *reinterpret_cast<const float2*>(p.skip + channel);
+            dD[0] = skip.x;
+            dD[1] = skip.y;
         }
         float* first = destination(pass, 0);
         u32 next = 0;
-        if (pieces > 0) next = copy_chunk(buffer(pieces - 1), layout, pass, pieces - 1);
+        if (pieces > 0) next = copy_chunk(buffer(pieces - 1), layout, pass, pieces - 1, true);
+        if (STAGES == 1 && pieces > 0) copy_merged(stage, pass, next);
 #pragma unroll 1
         for (int piece = pieces - 1; piece >= 0; piece--) {
             const int chunk = warp * p.pieces + piece;
             const u32 where = next;
             const char* staged = buffer(piece);
             copies_arrived();
-            if (STAGES == 2 && piece > 0) next = copy_chunk(buffer(piece - 1), layout, pass, piece - 1);
+            if (STAGES == 2 && piece > 0) next = copy_chunk(buffer(piece - 1), layout, pass, piece - 1, piece == pieces - 1);
             float dx[2][T];
             Inputs in;
             in.load(staged, lane);
@@ -374,12 +379,17 @@ struct Block {
                 keep(where, dx);
             } else {
                 store_dx(where, staged + STAGE_MERGED, in, dx, dD);
+                if (STAGES == 1 && SPILL && piece > 0) {  // the place is free only now
+                    __syncwarp();
+                    copy_merged(stage, pass, next);
+                }
             }
 #if ORDERED
             pass_turn(turn, channel_block, lane);
 #endif
         }
         sync();  // the other layout reads what other lanes merged, and reuses the carries
+        if (!exists) return;
 #if ORDERED
         u32* turn = p.turns + 1 + pass * p.channel_blocks + channel_block;
         const int warps = TEAM ? CLUSTER * (blockDim.x / 32) : 1;
@@ -400,7 +410,6 @@ struct Block {
     }
 };
 
-static_assert(!SPILL || STAGES == 2, "the merged map is read after the next chunk is asked for");
 static_assert(CLUSTER == 1 || TEAM && SPILL, "blocks of a cluster share a map, in the workspace");
 static_assert(ITEMS == OPERAND_ITEMS, "the Python side allocates as many operands as there are");
 
@@ -408,9 +417,11 @@ static_assert(ITEMS == OPERAND_ITEMS, "the Python side allocates as many operand
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ss2d_backward(const __grid_constant__ Problem p) {
     Block block(p);
     u32* next = block.next;
+    const bool leads = threadIdx.x == 0 && blockIdx.x % CLUSTER == 0;
+    u32 coming = leads ? atomicAdd(p.turns, 1) : 0;
     for (;;) {
+        if (leads) *next = coming;
 #if CLUSTER > 1
-        if (threadIdx.x == 0 && blockIdx.x % CLUSTER == 0) *next = atomicAdd(p.turns, 1);
         cluster_sync();
         const u32 index = __float_as_uint(load_peer(reinterpret_cast<const float*>(next), 0));
         if (index >= u32(p.maps)) {
@@ -418,17 +429,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ss2d_backward(cons
             return;
         }
 #else
-        if (threadIdx.x == 0) *next = atomicAdd(p.turns, 1);
         __syncthreads();
         const u32 index = *next;
         if (index >= u32(p.maps)) return;
 #endif
+        if (leads) coming = atomicAdd(p.turns, 1);  // on its way while this map is dealt with
         block.enter(index);
-        const bool exists = TEAM || block.image < p.images;
 #pragma unroll 1
         for (int pass = 0; pass < 2; pass++) {
             block.fetch_weights(pass);
-            if (exists) block.layout_pass(pass);
+            block.layout_pass(pass);
         }
     }
 }
@@ -442,8 +452,9 @@ __device__ __forceinline__ float weight_at(const void* weight, int route, int ch
 
 struct Preparation {
     const void* weight;
-    const float *bias, *A;
+    const float *bias, *A, *D;
     uint4* packed;
+    float* skip;     // (16 channel blocks): D, over routes
     float* zero[4];  // what sums are added to, and the turns
     u64 count[4];
     int channels, channel_blocks;
@@ -458,6 +469,11 @@ extern "C" __global__ void ss2d_backward_prepare(const __grid_constant__ Prepara
 #pragma unroll
     for (int k = 1; k < 4; k++) {
         for (u64 i = thread; i < p.count[k]; i += threads) p.zero[k][i] = 0.f;
+    }
+    for (u64 i = thread; i < p.channel_blocks * 16; i += threads) {
+        float sum = 0.f;
+        for (int k = 0; k < 4 && i < p.channels; k++) sum += p.D[k * p.channels + i];
+        p.skip[i] = sum;
     }
     const u64 items = u64(4) * p.channel_blocks * ITEMS * 32;
     for (u64 i = thread; i < items; i += threads) {
@@ -507,20 +523,44 @@ extern "C" __global__ void ss2d_backward_prepare(const __grid_constant__ Prepara
 // The blocks together round the sums that are float64, for `channels` channels.
 constexpr int FINISH = ROW * CHUNK > 2048 ? 1 : 2048 / (ROW * CHUNK);
 
-extern "C" __global__ void ss2d_backward_finish(const float* sums, u16* dprojected, int length, int chunks, int pieces,
-                                                int height, int width, int columns, const double* exact, float* dbias,
-                                                float* dA, float* dD, int channels) {
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < 4 * channels; i += gridDim.x * blockDim.x) {
-        dbias[i] = float(exact[i]);
-        dA[i] = float(exact[4 * channels + i] * (0.6931471805599453 * 0.6931471805599453));
-        dD[i] = float(exact[8 * channels + i]);
+struct Finish {
+    const float* sums;      // see Problem::dprojected
+    const float4* weights;  // see Problem::dweight
+    const double* exact;    // see Problem::sums
+    u16* dprojected;
+    void* dweight;  // (4, E, RANK)
+    float *dbias, *dA, *dD;
+    int length, chunks, pieces, height, width, columns, channels, channel_blocks;
+};
+
+extern "C" __global__ void ss2d_backward_finish(const __grid_constant__ Finish p) {
+    const int thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
+    for (int i = thread; i < 4 * p.channels; i += threads) {
+        const int channel = i % p.channels, block = i / p.channels * p.channel_blocks + channel / 16;
+        const double* from = p.exact + u64(block) * 32 + channel % 16 / 2 * 4 + channel % 2;
+        p.dbias[i] = float(from[0]);
+        p.dA[i] = float(from[2] * (0.6931471805599453 * 0.6931471805599453));
+        p.dD[i] = float(p.exact[u64(p.channel_blocks) * 128 + channel]);
     }
+    for (int i = thread; i < 4 * p.channels * RANK; i += threads) {
+        const int rank = i % RANK, line = i / RANK, channel = line % p.channels;
+        const int block = line / p.channels * p.channel_blocks + channel / 16;
+        const int lane = channel % 16 / 2 * 4 + rank % 8 / 2;
+        const float4 sum = p.weights[(u64(block) * RANK_FRAGMENTS + rank / 8) * 32 + lane];
+        const float low = rank % 2 ? sum.y : sum.x, high = rank % 2 ? sum.w : sum.z;
+#if WEIGHT16
+        reinterpret_cast<u16*>(p.dweight)[i] = u16(pack(channel % 2 ? high : low, 0.f));
+#else
+        reinterpret_cast<float*>(p.dweight)[i] = channel % 2 ? high : low;
+#endif
+    }
+    const int chunks = p.chunks;
     __shared__ float tile[ROW][FINISH * CHUNK + 1];
     const int groups = (chunks + FINISH - 1) / FINISH;
     const int first = blockIdx.x % groups * FINISH, route = blockIdx.x / groups % 4;
     const u64 image = blockIdx.x / (4 * groups);
     const int here = min(FINISH, chunks - first);
-    const float4* source = reinterpret_cast<const float4*>(sums + ((image * 4 + route) * ROW * chunks + first) * CHUNK);
+    const float4* source = reinterpret_cast<const float4*>(p.sums + ((image * 4 + route) * ROW * chunks + first) * CHUNK);
 #pragma unroll 8
     for (int i = threadIdx.x; i < ROW * FINISH * SLOTS; i += blockDim.x) {
         const int row = i / (FINISH * SLOTS), quad = i % (FINISH * SLOTS);
@@ -535,20 +575,20 @@ extern "C" __global__ void ss2d_backward_finish(const float* sums, u16* dproject
         to[3] = v.w * scale;
     }
     __syncthreads();
-    const Fold fold(height), segment(pieces);
+    const Fold fold(p.height), segment(p.pieces);
     constexpr int UNIT = ROW % 2 == 0 ? 2 : 1;
     for (int i = threadIdx.x; i < FINISH * CHUNK * (ROW / UNIT); i += blockDim.x) {
         const int local = i / (ROW / UNIT), entry = i % (ROW / UNIT) * UNIT;
         u32 warp, piece, column, row;
         segment.split(first + local / CHUNK, warp, piece);
         const u32 slot = local % SLOTS;
-        u32 position = ((4 * warp + local / SLOTS % 4) * pieces + piece) * T + slot;
-        if (slot >= T || position >= length) continue;
-        if (columns && route % 2) {
+        u32 position = ((4 * warp + local / SLOTS % 4) * p.pieces + piece) * T + slot;
+        if (slot >= T || position >= p.length) continue;
+        if (p.columns && route % 2) {
             fold.split(position, column, row);
-            position = row * width + column;
+            position = row * p.width + column;
         }
-        u16* to = dprojected + ((image * length + position) * 4 + route) * ROW + entry;
+        u16* to = p.dprojected + ((image * p.length + position) * 4 + route) * ROW + entry;
         const u32 both = pack(tile[entry][local], UNIT == 2 ? tile[entry + UNIT - 1][local] : 0.f);
         if (UNIT == 2) {
             *reinterpret_cast<u32*>(to) = both;

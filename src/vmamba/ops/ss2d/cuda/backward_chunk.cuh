@@ -12,6 +12,7 @@
 //   TEAM       1: the warps of a block share one map, 0: each warp has a map (of another channel block) to itself
 //   SPILL      1: the merged map lies in a workspace, 0: in shared memory
 //   CLUSTER    blocks that share a map
+//   HELD       layouts whose operands are in shared memory at once
 //   STAGES     chunks staged at once: 1, or 2 with the next one's copies a whole chunk ahead
 //   STAGE_BYTES  shared memory of a staged chunk
 //   ORDERED    1: sums over blocks are taken in a fixed order
@@ -25,7 +26,7 @@ constexpr int DUOS = SLOTS / 2;         // pairs of slots, a tensor core's tile 
 constexpr int CHUNK = 4 * SLOTS;        // slots of a chunk
 constexpr bool NARROW = BF16 && WEIGHT16;  // the gradient of the weights is rounded to bfloat16, so its operands may be
 constexpr int TERMS = WEIGHT16 ? 1 : BF16 ? 3 : 2;  // 16-bit parts of a weight in the step input
-constexpr int BACK_TERMS = NARROW ? 1 : 2;          // bfloat16 parts of it in the gradient of the ranks
+constexpr int BACK_TERMS = BF16 ? 1 : 2;          // bfloat16 parts of it in the gradient of the ranks
 constexpr int PARTS = BF16 ? 1 : 2;                 // and of what is multiplied by it: float16 has three bits more
 constexpr int STEP_TILES = (RANK + 15) / 16;        // k = 16 operands that cover the ranks
 constexpr int OUT_TILES = (ROW + 15) / 16;          // m = 16 results that cover a route's share
@@ -64,16 +65,17 @@ struct Problem {
     const void* dy;        // (B, L, E)
     const u16* projected;  // (B, L, 4, ROW)
     const uint4* packed;   // (4, channel blocks, ITEMS, 32)
-    const float* D;        // (4, E)
+    const float* skip;     // (16 channel blocks): D, over routes
     u16* dx;               // (B, L, E)
     float* dprojected;     // (B, 4, ROW, chunks, 32), slots of a chunk as `emit` writes them
-    float* dweight;        // (4, E, RANK)
-    double* sums;          // (3, 4, E): gradients of dt_bias, A (over ln2^2) and D
+    float* dweight;        // (4, channel blocks, RANK_FRAGMENTS, 32, 4), as lanes hold them
+    double* sums;          // (4, channel blocks, 8, 4): gradients of dt_bias and A (over ln2^2) of two channels; D's, (E)
     float* workspace;      // of a team: what pieces start from, (2, chunks, 32, 4); SPILL: and its merged map, (L, 16)
     u32* turns;            // the next map to take; ORDERED: (2, channel blocks), (B, 2, chunks); all zero
     int length, channels, channel_blocks, chunks;
     int images, maps, pieces;    // maps: what blocks take, over all; pieces of a segment
     int height, width, columns;  // columns: whether the second layout is by columns
+    u32 magic;                   // of Fold(height)
 };
 
 // ---- what a chunk reads ---------------------------------------------------------------------------------------------
@@ -83,8 +85,8 @@ struct Layout {  // step s of a layout -> position of the map
     bool columns;
     Fold fold;
 
-    __device__ __forceinline__ Layout(bool by_columns, u32 height, u32 width)
-        : width(width), columns(by_columns), fold(height) {}
+    __device__ __forceinline__ Layout(bool by_columns, u32 height, u32 width, u32 magic)
+        : width(width), columns(by_columns), fold(height, magic) {}
 
     __device__ __forceinline__ u32 position(u32 step) const {
         u32 column = 0, row = step;
@@ -488,37 +490,50 @@ __device__ __forceinline__ u32 by_position(const Ranks& ranks, const char* stage
 __device__ __forceinline__ void add_weight_gradient(const Products& out, const Ranks& ranks, const char* stage,
                                                     int t, Sums& sums) {
 #pragma unroll
-    for (int tile = 0; tile < RANK_FRAGMENTS; tile++) {
+    for (int tile = 0; NARROW && tile < RANK_FRAGMENTS; tile++) {
         float sum[4];
         sums.get(tile, sum);
-        if (NARROW) {
 #pragma unroll
-            for (int j = 0; j < DUOS; j += 2) {
-                mma_bf16(sum, out.narrow[0][j], out.narrow[1][j], out.narrow[0][j + 1],
-                         out.narrow[1][j + 1], by_position(ranks, stage, tile, j, t),
-                         by_position(ranks, stage, tile, j + 1, t));
-            }
-            sums.put(tile, sum);
-            continue;
+        for (int j = 0; j < DUOS; j += 2) {
+            mma_bf16(sum, out.narrow[0][j], out.narrow[1][j], out.narrow[0][j + 1], out.narrow[1][j + 1],
+                     by_position(ranks, stage, tile, j, t), by_position(ranks, stage, tile, j + 1, t));
         }
-        float high_sum[4] = {}, low_sum[4] = {};
-#pragma unroll
-        for (int j = 0; j < DUOS; j++) {  // two tf32 parts carry the gradient; a rank is one exactly
-            const u32 pair = by_position(ranks, stage, tile, j, t);
-            const u32 b0 = __float_as_uint(unpack_low(pair)), b1 = __float_as_uint(unpack_high(pair));
-            u32 high[4], low[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {  // the rest has either sign, so that cutting it off has no bias
-                const float v = out.step_input[i & 1][2 * j + (i >> 1)];
-                high[i] = nearest_tf32(v);
-                low[i] = __float_as_uint(v - __uint_as_float(high[i])) & 0xffffe000u;
-            }
-            mma_tf32(low_sum, low[0], low[1], low[2], low[3], b0, b1);
-            mma_tf32(high_sum, high[0], high[1], high[2], high[3], b0, b1);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum[i] += high_sum[i] + low_sum[i];
         sums.put(tile, sum);
+    }
+    // Two tf32 parts, cut off by the tensor cores; a rank is one. Two chains of products, since one alone is padded.
+#pragma unroll
+    for (int first = 0; !NARROW && first < RANK_FRAGMENTS; first += 2) {
+        const bool two = first + 1 < RANK_FRAGMENTS;
+        float here[2][4] = {}, sum[2][4];
+        u32 pairs[2][DUOS];
+#pragma unroll
+        for (int k = 0; k < 1 + two; k++) {
+            sums.get(first + k, sum[k]);
+#pragma unroll
+            for (int j = 0; j < DUOS; j++) pairs[k][j] = by_position(ranks, stage, first + k, j, t);
+        }
+#pragma unroll
+        for (int n = 0; n < 2 * DUOS; n++) {
+            const int j = two ? n % DUOS : n / 2, part = two ? 1 - n / DUOS : n % 2;
+            u32 v[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float whole = out.step_input[i & 1][2 * j + (i >> 1)];
+                const float high = __uint_as_float(__float_as_uint(whole) & 0xffffe000u);
+                v[i] = __float_as_uint(part ? whole - high : whole);
+            }
+#pragma unroll
+            for (int k = 0; k < 1 + two; k++) {
+                const float b0 = unpack_low(pairs[k][j]), b1 = unpack_high(pairs[k][j]);
+                mma_tf32(here[two ? k : part], v[0], v[1], v[2], v[3], __float_as_uint(b0), __float_as_uint(b1));
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < 1 + two; k++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum[k][i] += two ? here[k][i] : here[0][i] + here[1][i];
+            sums.put(first + k, sum[k]);
+        }
     }
 }
 

@@ -55,34 +55,21 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], u32 a0, u32 a1, u32 a2, 
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ void add_global(float* p, float v) {
-    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory");
-}
-
 // Of many maps, whose float32 sum would err by more than their own sums do.
 __device__ __forceinline__ void add_global(double* p, float v) {
     asm volatile("red.relaxed.gpu.global.add.f64 [%0], %1;" ::"l"(p), "d"(double(v)) : "memory");
 }
 
-// `p` is a multiple of the size of what is added.
-__device__ __forceinline__ void add_global2(float* p, float a, float b) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(a), "f"(b) : "memory");
-#else
-    add_global(p, a);
-    add_global(p + 1, b);
-#endif
-}
-
+// `p` is a multiple of 16 bytes.
 __device__ __forceinline__ void add_global4(float* p, float a, float b, float c, float d) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(a), "f"(b), "f"(c), "f"(d)
                  : "memory");
 #else
-    add_global(p, a);
-    add_global(p + 1, b);
-    add_global(p + 2, c);
-    add_global(p + 3, d);
+    const float v[4] = {a, b, c, d};
+    for (int i = 0; i < 4; i++) {
+        asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p + i), "f"(v[i]) : "memory");
+    }
 #endif
 }
 
@@ -108,8 +95,6 @@ __device__ __forceinline__ void pass_turn(u32* counter, u32 ticket, int lane) {
 __device__ __forceinline__ void pin(const char*& p) { asm("" : "+l"(p)); }
 
 __device__ __forceinline__ float from_lane(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
-
-__device__ __forceinline__ u32 nearest_tf32(float v) { return (__float_as_uint(v) + 0x1000u) & 0xffffe000u; }
 
 // What is read once before it is read anew long after should not push weights out of the small L1 cache.
 __device__ __forceinline__ u32 load_once(const char* p) {

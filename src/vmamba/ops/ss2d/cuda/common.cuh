@@ -239,6 +239,7 @@ struct Fold {  // n = quotient * divisor + remainder without a division
     u32 divisor, magic;
 
     __device__ __forceinline__ explicit Fold(u32 d) : divisor(d), magic(0xffffffffu / d) {}
+    __device__ __forceinline__ Fold(u32 d, u32 magic) : divisor(d), magic(magic) {}
     __device__ __forceinline__ void split(u32 n, u32& quotient, u32& remainder) const {
         quotient = __umulhi(n, magic);
         remainder = n - quotient * divisor;
