@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 
 from vmamba.models.registry import create_model
 from vmamba.training.optim import make_ema, make_optimizer, make_schedule, parameter_groups
@@ -119,3 +120,20 @@ def test_moving_average_starts_fast_and_can_be_off(model):
     ema.update(model, step=1000)
     first = next(ema.module.parameters())
     assert 1.0 < first.max() < 1.02
+
+
+@pytest.mark.parametrize("norm_layer", ["ln", "bn"])  # BatchNorm has buffers, one of them of integers
+def test_the_average_is_timm_s(norm_layer):
+    model = create_model("vmamba_test", norm_layer=norm_layer)
+    ours = make_ema(model, OptimizerOptions(ema_decay=0.99))
+    theirs = ModelEmaV3(model, decay=0.99, use_warmup=True)
+    for step in range(1, 4):
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.add_(1)
+        ours.update(model, step=step)
+        theirs.update(model, step=step)
+    states = ours.module.state_dict(), theirs.module.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], value) for name, value in model.state_dict().items())

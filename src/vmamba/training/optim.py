@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from vmamba.training.recipe import OptimizerOptions
 
@@ -87,8 +88,30 @@ def make_schedule(
     )
 
 
-def make_ema(model: nn.Module, options: OptimizerOptions) -> ModelEmaV3 | None:
+class MovingAverage(ModelEmaV3):
+    """timm's moving average of the weights of one model.
+
+    timm collects the state dicts of both models at every update. For a model of some hundred tensors that takes the
+    host milliseconds, while the device waits for it; here it is done once.
+    """
+
+    _tensors: tuple[list[Tensor], list[Tensor]] | None = None
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """Move the averages towards the parameters and buffers of the model, which must always be the same one."""
+        if self._tensors is None:
+            averages, values = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+            self._tensors = averages, values
+        averages, values = self._tensors
+        moved = [pair for pair in zip(averages, values, strict=True) if pair[0].is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in moved], [v for _, v in moved], weight=1.0 - decay)
+        for average, value in zip(averages, values, strict=True):
+            if not average.is_floating_point():
+                average.copy_(value)
+
+
+def make_ema(model: nn.Module, options: OptimizerOptions) -> MovingAverage | None:
     """Return a moving average of the weights; None when its decay is 0."""
     if not options.ema_decay:
         return None
-    return ModelEmaV3(model, decay=options.ema_decay, use_warmup=options.ema_warmup)
+    return MovingAverage(model, decay=options.ema_decay, use_warmup=options.ema_warmup)
