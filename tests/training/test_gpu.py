@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from runs import quiet, recipe, state_of
+from runs import assert_same, quiet, recipe, state_of
 
 from vmamba.models.registry import create_model
+from vmamba.training import classification
+from vmamba.training.checkpointing import CheckpointFolder, read_checkpoint_folder
 from vmamba.training.engine import train
-from vmamba.training.recipe import AugmentationOptions, OptimizerOptions
+from vmamba.training.guards import TrainingFailedError
+from vmamba.training.recipe import AugmentationOptions, CheckpointOptions, GuardOptions, OptimizerOptions
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,6 +44,25 @@ def test_the_loss_scale_survives_a_resumed_run(colours, tmp_path):
     _, later = state_of(tmp_path / "run")
     assert later["scaler"]["_growth_tracker"] > parts["scaler"]["_growth_tracker"]
     assert later["scaler"]["scale"] == scale
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])  # in bfloat16 the optimiser's kernel skips the update itself
+def test_no_number_changes_nothing(colours, tmp_path, precision, monkeypatch):
+    original, made = classification.classification_loss, []
+
+    def spoiled(*arguments):
+        made.append(1)
+        return original(*arguments) * (float("nan") if len(made) > 2 else 1.0)
+
+    monkeypatch.setattr(classification, "classification_loss", spoiled)
+    options = {"checkpoints": CheckpointOptions(every=1, keep=9), "guards": GuardOptions(nonfinite=2)}
+    with pytest.raises(TrainingFailedError, match="update 4 is not finite, nor were the 1 before it"):
+        run(colours, tmp_path / "run", epochs=3, precision=precision, **options)
+    found = [read_checkpoint_folder(p) for p in CheckpointFolder(tmp_path / "run" / "checkpoints").paths()]
+    before, last = next(c for c in found if c.position.updates == 2), found[-1]
+    assert last.position.skipped == 2
+    assert_same(before.weights("model"), last.weights("model"))
+    assert_same(before.parts["optimizer"]["state"], last.parts["optimizer"]["state"])
 
 
 def test_maps_that_a_compiled_model_keeps_have_their_channels_together():

@@ -15,7 +15,7 @@ from torch.nn import Conv2d, Flatten, Linear, Sequential
 from torch.nn.parallel import DistributedDataParallel
 
 from vmamba.models.checkpoint import load_model
-from vmamba.training import classification, engine
+from vmamba.training import classification, engine, run
 from vmamba.training.averaging import GradientAverage
 from vmamba.training.checkpointing import CheckpointFolder, read_checkpoint_folder
 from vmamba.training.engine import TrainingInterruptedError, train
@@ -104,13 +104,22 @@ def remembering(*arguments):
     one_process_is_poisoned(*arguments)
 
 
-def test_no_number_on_one_of_two_processes_changes_weights_on_neither(colours, tmp_path):
-    Group(tmp_path / "logs", remembering, colours, tmp_path, 2).finish()
+def fused_and_remembering(*arguments):
+    original, used = run.make_optimizer, []
+    run.make_optimizer = lambda *args, **kwargs: used.append(1) or original(*args, **{**kwargs, "fused": True})
+    remembering(*arguments)
+    assert used
+
+
+@pytest.mark.parametrize("poison", [remembering, fused_and_remembering])  # a GPU's optimiser skips the update itself
+def test_no_number_on_one_of_two_processes_changes_weights_on_neither(colours, tmp_path, poison):
+    Group(tmp_path / "logs", poison, colours, tmp_path, 2).finish()
     checkpoints = [read_checkpoint_folder(p) for p in CheckpointFolder(tmp_path / "run" / "checkpoints").paths()]
     before, after, last = checkpoints[1:]  # after updates 2, 3 (of the first epoch's end) and the end
     assert [c.position.skipped for c in (before, after, last)] == [0, 1, 2]
     for name in ("model", "ema"):
         assert_same(before.weights(name), last.weights(name))
+    assert_same(before.parts["optimizer"]["state"], last.parts["optimizer"]["state"])
     weights = torch.cat([value.flatten() for value in before.weights("model").values()])
     mine, other = (torch.load(tmp_path / f"weights-{rank}.pt") for rank in range(2))
     assert torch.equal(mine, other)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as distributed
@@ -12,6 +12,22 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+class Totals(NamedTuple):
+    """Sums over all processes.
+
+    Attributes:
+        on_device: Those of the scalars given on the device come first.
+        on_host: What follows them, where that never left the host.
+    """
+
+    on_device: Tensor | None
+    on_host: tuple[float, ...] = ()
+
+    def read(self) -> list[float]:
+        """Return them all; waits for the device."""
+        return [*([] if self.on_device is None else self.on_device.tolist()), *self.on_host]
 
 
 class Agreement:
@@ -29,17 +45,21 @@ class Agreement:
         """Whether this process is the one that writes."""
         return self.rank == 0
 
-    def totals(self, on_device: Sequence[Tensor], on_host: Sequence[float] = ()) -> list[float]:
-        """Return the sums over all processes of some scalars; waits for the device once."""
+    def adding(self, on_device: Sequence[Tensor], on_host: Sequence[float] = ()) -> Totals:
+        """Begin to add up some scalars over all processes, without waiting for the device."""
         values = [torch.stack([tensor.double() for tensor in on_device])] if on_device else []
         if on_host and self.processes == 1:
-            return [*(values[0].tolist() if values else []), *on_host]
+            return Totals(values[0] if values else None, tuple(on_host))
         if on_host:
             values.append(torch.tensor(on_host, dtype=torch.float64).to(self.device, non_blocking=True))
         vector = torch.cat(values)
         if self.processes > 1:
             distributed.all_reduce(vector)
-        return vector.tolist()
+        return Totals(vector)
+
+    def totals(self, on_device: Sequence[Tensor], on_host: Sequence[float] = ()) -> list[float]:
+        """Return the sums over all processes of some scalars; waits for the device once."""
+        return self.adding(on_device, on_host).read()
 
     def collected(self, items: list[T]) -> list[T]:
         """Return the items of all processes, in order of rank."""

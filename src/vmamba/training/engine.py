@@ -156,7 +156,13 @@ def _update(run: Run, batches: list[Any], measured: Measured) -> None:
     losses = torch.stack([step.loss.detach() for step in steps])
     good, damaged = (float(sum(counts)) for counts in zip(*((len(b), len(b.damaged)) for b in batches), strict=True))
     bad_loss, bad_norm = ~torch.isfinite(losses).all(), ~torch.isfinite(norm)
-    counts = run.together.totals([bad_loss, bad_norm], [good, damaged, *run.guard.flags()])
+    totals = run.together.adding([bad_loss, bad_norm], [good, damaged, *run.guard.flags()])
+    if run.skips_itself:
+        # The device is still computing gradients: what is launched now costs no time later, when it waits for work.
+        assert totals.on_device is not None
+        run.optimizer.optimizer.found_inf = (totals.on_device[:2] > 0).any().float()
+        run.optimizer.step()
+    counts = totals.read()
     run.position.read += int(counts[2] + counts[3])
     run.position.damaged += int(counts[3])
     run.guard.agree(counts[4:])
@@ -165,7 +171,8 @@ def _update(run: Run, batches: list[Any], measured: Measured) -> None:
     if counts[0] or counts[1]:
         _skip(run, batches, measured, losses, norm, somewhere=bool(counts[0]), here=bool(bad_loss))
     else:
-        run.optimizer.step()
+        if not run.skips_itself:
+            run.optimizer.step()
         run.position.skipped = 0
         if run.ema:
             run.ema.update(run.bare_model, step=run.position.updates + 1)

@@ -62,6 +62,12 @@ class Run:
         """The model without what accelerate and torch.compile have put around it."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
+    @property
+    def skips_itself(self) -> bool:
+        """Whether the optimiser's kernel leaves everything as it is where its `found_inf`, on the device, is 1."""
+        fused = bool(self.optimizer.optimizer.defaults.get("fused"))
+        return fused and self.accelerator.scaler is None and self.recipe.parallel != "fsdp"
+
 
 class Measured:
     """Time and sums of one epoch: kept on the device, in each process, until they are looked at."""
