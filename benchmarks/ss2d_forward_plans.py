@@ -60,6 +60,34 @@ PLANS: tuple[tuple[Case, tuple[Plan, ...]], ...] = (
         Case("stage 4", 128, 7, 7, 768, 48),
         (LinePlan(7, 1, 4, 2, 3), LinePlan(7, 1, 4, 1, 6)),
     ),
+    (
+        Case("VMamba-B, stage 1", 128, 56, 56, 128, 8),
+        (LinePlan(8, 8), LinePlan(8, 8, piped=True), LinePlan(8, 7), LinePlan(14, 6, ahead=0)),
+    ),
+    (
+        Case("VMamba-B, stage 2", 128, 28, 28, 256, 16),
+        (
+            LinePlan(14, 2, blocks=3),
+            LinePlan(14, 2, blocks=3, piped=True),
+            LinePlan(14, 2, blocks=3, ahead=0),
+            LinePlan(7, 2, blocks=4),
+        ),
+    ),
+    (
+        Case("VMamba-B, stage 3", 128, 14, 14, 512, 32),
+        (
+            LinePlan(14, 1, 2, 2, 3, 0),
+            LinePlan(14, 1, 2, 1, 6, 0),
+            LinePlan(14, 1, 2, 2, 3, 0, piped=True),
+            LinePlan(7, 1, 2, 2, 4, 0),
+            LinePlan(7, 1, 2, 2, 4, 0, piped=True),
+            LinePlan(7, 1, 2, 2, 3),
+        ),
+    ),
+    (
+        Case("VMamba-B, stage 4", 128, 7, 7, 1024, 64),
+        (LinePlan(7, 1, 4, 2, 3), LinePlan(7, 1, 4, 2, 2), LinePlan(7, 1, 4, 1, 6), LinePlan(7, 1, 4, 1, 4)),
+    ),
     (Case("14x14, E 96", 2675, 14, 14, 96, 6), (LinePlan(14, 1, 2, 2, 3, 0), LinePlan(14, 1, 2, 2, 3))),
     (Case("28x28, E 96", 668, 28, 28, 96, 6), (LinePlan(14, 2, blocks=3), LinePlan(7, 2, blocks=4))),
     (Case("one image", 1, 56, 56, 96, 6), ()),
