@@ -3,6 +3,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from vmamba.cli.arguments import UsageError, nearest, parse
+from vmamba.training.detection_recipe import DetectionRecipe
 from vmamba.training.recipe import Recipe
 
 
@@ -112,3 +113,28 @@ def test_nearest_compares_whole_names_and_last_parts():
     assert nearest("lr", known) == "optimizer.lr"
     assert nearest("weight-decay", known) == "optimizer.weight_decay"
     assert nearest("zzz", known) is None
+
+
+def test_several_values_need_no_brackets():
+    recipe = parse("train", DetectionRecipe, ["--min_sizes", "480", "800", "--trackers", "wandb", "--milestones", "8"])
+    assert (recipe.min_sizes, recipe.trackers, recipe.milestones) == ((480, 800), ("wandb",), (8,))
+    assert parse("train", Recipe, ["--optimizer.betas", "0.8", "0.9", "--epochs", "2"]).optimizer.betas == (0.8, 0.9)
+    assert parse("train", Recipe, ["--trackers", "[]"]).trackers == ()
+
+
+def test_a_recipe_of_another_task_is_told_apart_from_a_misspelt_key(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for content, message in (
+        ("task: detection\nmasks: true\n", "is of --task detection, and this is --task classification"),
+        ("task: classification\nmasks: true\n", "there is no key masks"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UsageError, match=message):
+            parse("train", Recipe, ["--config", str(path)])
+
+
+def test_values_without_an_option_are_told_where_they_belong():
+    with pytest.raises(UsageError, match="unrecognized arguments: runs/a; a value follows the name of its option"):
+        parse("train", Recipe, ["runs/a"])
+    with pytest.raises(UsageError, match=r"expected a YAML file, got lr=3; --optimizer\.KEY sets one of its keys"):
+        parse("train", Recipe, ["--optimizer", "lr=3"])

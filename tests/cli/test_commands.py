@@ -174,7 +174,7 @@ def test_predict_does_not_depend_on_the_batch(vmamba, trained, digits):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "name images to classify"),
+        ([], "name images: files"),
         (["/no/such.png"], "there is no file, folder or match for /no/such.png"),
         (["*.nothing"], "match for *.nothing"),
         (["."], "there are no images in ."),

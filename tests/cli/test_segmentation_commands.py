@@ -10,6 +10,7 @@ from PIL import Image
 from mask_samples import CLASSES, write_pairs
 from vmamba.cli import main
 from vmamba.cli.tasks import TASKS, part, task_of
+from vmamba.models.config import get_config
 from vmamba.tasks.segmentation_checkpoint import load_segmentation_model
 
 SMALL = ["--model", "vmamba_test", "--hidden", "16", "--auxiliary", "8", "--crop", "32", "--short_side", "48"]
@@ -99,6 +100,7 @@ def test_files_of_mmsegmentation_are_taken_as_they_are(trained, capsys, tmp_path
         (["train", "--task", "segmentation", "--data", "/no/such"], "there is no folder /no/such"),
         (["train", "--task", "segmentation", "--crp", "64"], "did you mean --crop"),
         (["train", "--task", "segmentation", "--crop", "31"], "multiple of 4"),
+        (["train", "--task", "segmentation", "--config", "recipes/tune_head.yaml"], "is of --task classification"),
         (["train", "--task", "segmentation", "--augmentation.mixup", "1"], "there is no option --augmentation.mixup"),
         (["eval", "--task", "segmentation", "--top", "3"], "there is no option --top"),
         (["eval", "--task", "segmentation", "--checkpoint", "/no.pth"], "no file"),
@@ -108,6 +110,13 @@ def test_files_of_mmsegmentation_are_taken_as_they_are(trained, capsys, tmp_path
 def test_mistakes_are_told_in_a_sentence(words, message, capsys):
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_default_backbone_has_the_four_stages_and_another_is_told_so(trained, capsys):
+    words = ["train", "--task", "segmentation", "--data", str(trained / "set"), "--device", "cpu"]
+    assert main([*words, "--model", "vmamba_nano"]) == 2
+    assert "four stages; vmamba_nano has 3: take vmamba_tiny" in capsys.readouterr().err
+    assert len(get_config(part("segmentation", "recipe")().model).depths) == 4
 
 
 def test_models_of_another_task_are_told_apart(trained, capsys, tmp_path):

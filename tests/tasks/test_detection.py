@@ -148,6 +148,8 @@ def test_a_detector_that_makes_no_sense_is_refused(values, sentence):
 def test_backbones_without_the_four_strides_are_refused():
     with pytest.raises(ValueError, match="strides 4, 8, 16 and 32"):
         make_vmamba_detector("vmamba_test", DetectorConfig(2), {"patch_size": 8})
+    with pytest.raises(ValueError, match=r"needs four stages, .*; vmamba_nano has 3: take vmamba_tiny"):
+        make_vmamba_detector("vmamba_nano", DetectorConfig(2))
 
 
 def test_a_configuration_survives_json():

@@ -90,7 +90,7 @@ def load_model(name: str, img_size: tuple[int, int]) -> nn.Module:
     if name in (ours := vmamba.list_models(published=True)):
         return vmamba.create_model(name)
     if not timm.is_model(name):
-        near = get_close_matches(name, [*ours, *timm.list_models()], n=3)
+        near = get_close_matches(name, {*ours, *timm.list_models()}, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; `vmamba models` and timm.list_models() list them"
         raise ValueError(f"neither vmamba nor timm has a model called {name!r}{hint}")
     cfg = timm.get_pretrained_cfg(name)

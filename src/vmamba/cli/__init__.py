@@ -11,7 +11,7 @@ from importlib import import_module
 COMMANDS = {
     "quickstart": "train vmamba_nano on handwritten digits, evaluate it, look at what it sees",
     "train": "train a model on your images",
-    "eval": "measure how well a model classifies",
+    "eval": "measure how good a model is on labelled images",
     "predict": "say what is in image files",
     "models": "list the variants with parameters, FLOPs and published accuracy",
     "benchmark": "time models against each other: throughput, latency, memory",

@@ -63,7 +63,8 @@ def parse(
     parser = _build_parser(command, options, positionals)
     words = [_with_underscores(word) for word in argv]
     known = list(_names(options))
-    _refuse_unknown(words, known)
+    task = next((str(item.default) for item in fields(options) if item.name == "task"), "")  # type: ignore[arg-type]
+    _refuse_unknown(words, known, task)
     if not positionals:
         words = _with_lists_joined(words, options)
     try:
@@ -126,6 +127,16 @@ def _names(options: type, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{item.name}.*"
 
 
+def _lists(options: type, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every field that holds several values."""
+    hints = get_type_hints(options)
+    for item in fields(options):
+        if is_dataclass(hints[item.name]):
+            yield from _lists(hints[item.name], f"{prefix}{item.name}.")
+        elif re.search(r"\b(list|tuple)\[", str(hints[item.name])):
+            yield prefix + item.name
+
+
 def _with_underscores(word: str) -> str:
     """Let `--batch-size` stand for `--batch_size`."""
     if not word.startswith("--"):
@@ -135,8 +146,8 @@ def _with_underscores(word: str) -> str:
 
 
 def _with_lists_joined(words: Sequence[str], options: type) -> list[str]:
-    """Let `--names a b` stand for `--names [a,b]`, for fields that are lists."""
-    lists = {f"--{name}" for name, hint in get_type_hints(options).items() if "list[" in str(hint)}
+    """Let `--names a b` stand for `--names [a,b]`, for fields that are lists or tuples."""
+    lists = {f"--{name}" for name in _lists(options)}
     joined: list[str] = []
     position = 0
     while position < len(words):
@@ -158,7 +169,7 @@ def _is_known(name: str, known: Sequence[str]) -> bool:
     return name in known or any(option.endswith(".*") and name.startswith(option[:-1]) for option in known)
 
 
-def _refuse_unknown(words: Sequence[str], known: Sequence[str]) -> None:
+def _refuse_unknown(words: Sequence[str], known: Sequence[str], task: str) -> None:
     shown = [name for name in known if not name.endswith(".*")]
     own = ["help", "config", "print_config"]
     for position, word in enumerate(words):
@@ -171,10 +182,10 @@ def _refuse_unknown(words: Sequence[str], known: Sequence[str]) -> None:
             options = [f"--{option}" for option in shown + own]
             raise UsageError(f"there is no option --{name}{did_you_mean('--' + name, options)}")
         if name == "config":
-            _check_file(value or next(iter(words[position + 1 : position + 2]), ""), known)
+            _check_file(value or next(iter(words[position + 1 : position + 2]), ""), known, task)
 
 
-def _check_file(path: str, known: Sequence[str]) -> None:
+def _check_file(path: str, known: Sequence[str], task: str) -> None:
     try:
         with open(path, encoding="utf-8") as stream:
             content = yaml.safe_load(stream)
@@ -190,6 +201,9 @@ def _check_file(path: str, known: Sequence[str]) -> None:
     shown = [name for name in known if not name.endswith(".*")]
     for name in _keys(content, known):
         if not _is_known(name, known):
+            other = content.get("task", "classification")
+            if task and other != task:
+                raise UsageError(f"{path} is of --task {other}, and this is --task {task}, which has no key {name}")
             raise UsageError(f"{path}: there is no key {name}{did_you_mean(name, shown)}")
 
 
@@ -211,11 +225,15 @@ def _one_line(message: str, known: Sequence[str]) -> str:
         return f"there is no key {name}{did_you_mean(name, known)}"
     wrong_value = re.search(r'(?:Parser key|argument) "?-*([\w.]+)"?: (.*)', text)
     if not wrong_value:
-        return text
+        stray = re.fullmatch(r"[uU]nrecognized arguments: ([^-].*)", text)
+        return f"{text}; a value follows the name of its option, as in --name {stray[1]}" if stray else text
     name, rest = wrong_value.groups()
     rest = re.sub(r"<class '(\w+)'>", r"\1", rest).replace("typing.", "")
     rest = re.sub(r"Literal\[(.*?)\]", lambda found: f"one of {found.group(1)}", rest)
     rest = re.sub(r"Expected an? (.*?)\. Got value: (.*)", r"expected \1, got \2", rest)
+    rest = re.sub(
+        r"Unable to load config '(.*?)' .*", rf"expected a YAML file, got \1; --{name}.KEY sets one of its keys", rest
+    )
     union = re.search(r"Subtypes: \[(.*?)\] .*Given value: (.*)", rest)
     if union:
         kinds = union.group(1).replace(", NoneType", " or null").replace("NoneType, ", "null or ")

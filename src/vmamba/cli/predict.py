@@ -86,7 +86,7 @@ def find_images(words: Sequence[str]) -> list[str]:
     from vmamba.data.images import image_files
 
     if not words:
-        raise UsageError("name images to classify: files, folders or globs")
+        raise UsageError("name images: files, folders or globs")
     found: dict[str, None] = {}
     for word in words:
         path = Path(word).expanduser()

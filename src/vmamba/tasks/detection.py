@@ -247,10 +247,14 @@ def make_vmamba_detector(
         ValueError: There is no such variant, or its maps are not at strides 4, 8, 16 and 32.
     """
     chosen = get_config(backbone) if isinstance(backbone, str) else backbone
+    name = backbone if isinstance(backbone, str) else "this configuration"
+    if (stages := len(chosen.depths)) != 4:
+        raise ValueError(
+            f"a detector needs four stages, with maps at strides 4, 8, 16 and 32; {name} has {stages}: take vmamba_tiny"
+        )
     body = VMambaBackbone(chosen, **(overrides or {}))
     strides = tuple(info["reduction"] for info in body.feature_info)
     if strides != STRIDES[:4]:
-        name = backbone if isinstance(backbone, str) else "this configuration"
         raise ValueError(f"a detector needs maps at strides 4, 8, 16 and 32; {name} has them at {strides}")
     return make_detector(body, body.config.stage_dims, config)
 

@@ -145,6 +145,9 @@ def create_segmenter(
     """
     overrides["num_classes"] = 0  # those of a classifier, which the backbone has not
     config = get_config(variant, **overrides) if isinstance(variant, str) else variant.replace(**overrides)
+    if (stages := len(config.depths)) != 4:
+        name = variant if isinstance(variant, str) else "this configuration"
+        raise ValueError(f"UperNet takes the maps of four stages; {name} has {stages}: take vmamba_tiny")
     backbone = VMambaBackbone(config)
     return UperNet(
         backbone,

@@ -41,7 +41,7 @@ class SegmentationRecipe(RunOptions):
     """
 
     task: TaskName = "segmentation"
-    model: str = "vmamba_nano"
+    model: str = "vmamba_tiny"
     model_options: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
     data: str = "data"
