@@ -70,6 +70,11 @@ def test_train_goes_on_from_the_recipe_of_a_run(vmamba, trained, tmp_path):
     outcome = vmamba("train", "--resume", tmp_path / "run", "--seed", 5)
     assert outcome.status == 2
     assert "a resumed run keeps its seed: it was 0, 5 was asked for" in outcome.err
+    outcome = vmamba("train", "--resume", tmp_path / "run", "--optimizer.lr", 3)
+    assert "a resumed run keeps its optimizer.lr: it was 0.005, 3.0 was asked for" in outcome.err
+    outcome = vmamba("train", "--resume", tmp_path / "run", "--epochs", 4)
+    assert "all 4 epochs were made already; a larger --epochs goes on" in outcome.out
+    assert "going on" not in outcome.out
 
 
 def test_eval_reports_what_training_reported(vmamba, trained):

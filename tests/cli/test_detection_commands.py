@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -43,10 +44,24 @@ def test_eval_measures_on_what_the_run_held_out(run, capsys):
 def test_eval_names_records_it_skips(run, tmp_path, capsys):
     content = make_coco(tmp_path, 3)
     content["annotations"][1]["bbox"] = [0, 0, 0, 0]
+    x, y, width, height = content["annotations"][0]["bbox"]
+    content["annotations"][0]["bbox"] = [x, y, width + 500, height]
     (tmp_path / "train.json").write_text(json.dumps(content))
     words = ["--task", "detection", "--checkpoint", str(run / "run"), "--data", str(tmp_path), "--device", "cpu"]
     assert main(["eval", *words]) == 1
-    assert "annotation 2 of train-0.png: box of no area" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "skipped" in errors
+    assert "annotation 2 of train-0.png: box of no area" in errors
+    assert re.search("vmamba eval: mended .*annotation 1 of train-0.png: box .* and was cut", errors)
+
+
+def test_a_detector_is_told_apart_and_targets_are_looked_at_before_the_work(run, tmp_path, capsys):
+    weights = str(run / "run")
+    for words in (["eval", "--checkpoint", weights], ["predict", "--checkpoint", weights, weights + "/curves.png"]):
+        assert main(words) == 2
+        assert "holds a detection model; `vmamba eval` and `vmamba predict` take --task" in capsys.readouterr().err
+    assert main(["eval", "--task", "detection", "--checkpoint", weights, "--output", str(tmp_path)]) == 2
+    assert "is a folder; name a file" in capsys.readouterr().err
 
 
 def test_predict_draws_and_tells_what_it_found(run, tmp_path, capsys):

@@ -32,10 +32,27 @@ def test_resolution_and_crop_can_be_chosen(vmamba, trained):
         (["--weights", "ema"], "holds no ema.safetensors"),
         (["--crop_pct", "1.5"], "crop_pct must lie in (0, 1]"),
         (["--weights", "worst"], "--weights"),
+        (["--picture", "confusion.qqq"], "--picture confusion.qqq cannot be drawn as qqq; .png can"),
+        (["--picture", "confusion"], "cannot be drawn as a file without ending"),
+        (["--output", "."], "--output . is a folder"),
     ],
 )
 def test_what_cannot_be_measured_is_said(vmamba, trained, words, message):
     outcome = vmamba("eval", "--checkpoint", trained, *words)
+    assert outcome.status == 2
+    assert message in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (".", ". is not the folder of a run: it holds neither config.yaml nor weights"),
+        ("vmamba_tinny", "no published variant of that name; did you mean vmamba_tiny?"),
+        ("run/best.safetensor", "there is no file 'run/best.safetensor'"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_told_what_would_be(vmamba, place, message):
+    outcome = vmamba("eval", "--checkpoint", place)
     assert outcome.status == 2
     assert message in outcome.err
 

@@ -102,12 +102,18 @@ def test_a_record_that_is_no_object_is_skipped(root):
     assert "annotation number 8" in read(root).problems.lines[0]
 
 
+def test_an_image_record_without_id_or_name_is_told_what_it_lacks(root):
+    changed(root, lambda content: content["images"].append({"id": 9, "width": 3, "height": 3}))
+    assert "has no whole number as id, or no file_name" in read(root).problems.lines[0]
+
+
 def test_a_box_over_the_edge_is_cut_and_a_pixel_of_rounding_is_no_news(root):
     changed(root, lambda content: content["annotations"][0].update(bbox=[-20, 60.5, 40, 20]))
     images = read(root)
     assert images.images[0].boxes[0].tolist() == [0, 60.5, 20, 80]
     assert dict(images.problems.counts) == {"box cut at the edge": 1}
-    assert images.problems.skipped == 0
+    assert (images.problems.skipped, images.problems.lines) == (0, [])
+    assert "reaches 20 pixels out of the image, and was cut" in images.problems.mended[0]
 
 
 def test_boxes_alone_need_no_masks(root):

@@ -89,6 +89,13 @@ def test_masks_of_many_kinds_mean_the_same(tmp_path):
         read_mask(path, MaskFormat(2))
     with pytest.raises(DamagedImageError, match=r"no class \(2\); classes are 0 to 1"):
         read_mask(tmp_path / "l.png", MaskFormat(2))
+    real = tmp_path / "real.tif"
+    Image.fromarray(values.astype(np.float32)).save(real)
+    assert read_mask(real, MaskFormat(3)).tolist() == values.tolist()
+    for wrong in (0.5, float("nan"), float("inf")):
+        Image.fromarray(np.array([[0, wrong]], np.float32)).save(real)
+        with pytest.raises(DamagedImageError, match="no whole numbers"):
+            read_mask(real, MaskFormat(3))
 
 
 def test_every_fault_of_a_pair_is_named_and_counted(tmp_path):

@@ -166,6 +166,19 @@ def test_images_that_are_all_damaged_are_an_error(tmp_path):
     assert len((tmp_path / "run" / "damaged.txt").read_text().splitlines()) == 4
 
 
+def test_one_class_is_refused_and_classes_without_images_are_named(colours, tmp_path):
+    (tmp_path / "one" / "a").mkdir(parents=True)
+    for index in range(4):
+        shutil.copy(colours / "red" / f"{index}.png", tmp_path / "one" / "a")
+    with pytest.raises(ValueError, match="has the one class 'a'; to classify takes two"):
+        train(recipe(tmp_path / "one", tmp_path / "run"), quiet())
+    shutil.copytree(colours, tmp_path / "two")
+    (tmp_path / "two" / "violet").mkdir()
+    console = quiet()
+    train(recipe(tmp_path / "two", tmp_path / "run", epochs=1), console)
+    assert "classes 1 without an image to train on: 'violet'" in console.file.getvalue()
+
+
 def poison(monkeypatch, updates):
     """Make the loss of some updates (counted from 0) not a number."""
     original = classification.classification_loss

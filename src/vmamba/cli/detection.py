@@ -96,11 +96,12 @@ def evaluate(argv: Sequence[str]) -> int:
     options = parse("eval", DetectionEvalOptions, argv)
     from rich.console import Console
 
-    from vmamba.cli.opening import to_json, write_text
+    from vmamba.cli.opening import check_targets, to_json, write_text
     from vmamba.data.coco_loading import detection_evaluation_loader
     from vmamba.training.detection_evaluation import evaluate_detector
     from vmamba.training.processes import evaluation_group
 
+    check_targets(options.output)
     group = evaluation_group(options.device)
     model, name, metadata = _open(options.checkpoint, group.device)
     images = _images(options, metadata, model)
@@ -124,6 +125,7 @@ def evaluate(argv: Sequence[str]) -> int:
     if not group.speaks:
         return 1 if problems else 0
     content = {"checkpoint": name, "data": images.file, "split": options.split, **report.to_dict(), "skipped": problems}
+    content["mended"] = images.problems.mended
     if options.output:
         write_text(options.output, to_json(content))
     if options.format == "json":
@@ -132,6 +134,8 @@ def evaluate(argv: Sequence[str]) -> int:
         print_report(report, f"{name} on {images.file}", Console())
     for problem in problems:
         print(f"vmamba eval: skipped {problem}", file=sys.stderr)
+    for problem in images.problems.mended:
+        print(f"vmamba eval: mended {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 

@@ -80,10 +80,11 @@ def evaluate_classifier(argv: Sequence[str]) -> int:
     options = parse("eval", EvalOptions, argv)
     from rich.console import Console
 
-    from vmamba.cli.opening import open_model, to_json, write_text
+    from vmamba.cli.opening import check_targets, open_model, to_json, write_text
     from vmamba.data.sources import open_source
     from vmamba.training.processes import evaluation_group, leave
 
+    check_targets(options.output, options.picture)
     group = evaluation_group(options.device)
     opened = open_model(_file_of(options), str(group.device), options.img_size)
     opened = _cropped(opened, options)
@@ -128,6 +129,8 @@ def _file_of(options: EvalOptions) -> str | None:
     from vmamba.training.run_folder import RunFolder
 
     folder = RunFolder(place)
+    if not any(path.exists() for path in (folder.config, folder.best, folder.last)):
+        raise FileNotFoundError(f"{place} is not the folder of a run: it holds neither config.yaml nor weights")
     if options.weights in ("best", "last"):
         path = folder.best if options.weights == "best" and folder.best.is_file() else folder.last
     else:

@@ -117,7 +117,7 @@ def _open(options: ExportOptions) -> _Subject:
     Raises:
         ValueError, FileNotFoundError: There is no such thing, or it does not do the task asked for.
     """
-    from vmamba.cli.opening import open_model
+    from vmamba.cli.opening import held_task, open_model
     from vmamba.training.run_folder import RunFolder
 
     source = options.source or ""
@@ -126,7 +126,7 @@ def _open(options: ExportOptions) -> _Subject:
         if Path(source).expanduser().is_dir():
             folder = RunFolder(Path(source).expanduser())
             place = str(folder.best if folder.best.is_file() else folder.last)
-        held = _held(place)
+        held = held_task(place)
         if held == "segmentation":
             return _segmenter(place, options.task or held)
         if held == "detection":
@@ -137,26 +137,6 @@ def _open(options: ExportOptions) -> _Subject:
     task = options.task or "classification"
     model = _model(opened, task)
     return _Subject(model, _description(opened, task), opened if task == "classification" else None)
-
-
-def _held(place: str) -> str:
-    """Tell what a file holds: classification where it is no file, or one that only opening it will tell about."""
-    file = Path(place).expanduser()
-    if not file.is_file():
-        return "classification"
-    from vmamba.models.checkpoint import CheckpointError, read_checkpoint
-    from vmamba.models.checkpoint_files import read_file
-    from vmamba.tasks.segmentation_checkpoint import holds_segmenter
-
-    try:
-        if "detector" in (read_file(file)[1] or {}):
-            return "detection"
-        checkpoint = read_checkpoint(file)
-    except CheckpointError:
-        return "classification"
-    if holds_segmenter(checkpoint):
-        return "segmentation"
-    return "detection" if "roi_head" in checkpoint.skipped else "classification"
 
 
 def _segmenter(place: str, task: str) -> _Subject:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import torch
 
+from vmamba.cli.arguments import did_you_mean
 from vmamba.data.transforms import Preprocessing
-from vmamba.models.checkpoint import load_model
+from vmamba.models.checkpoint import CheckpointError, load_model, read_checkpoint
+from vmamba.models.checkpoint_files import read_file
 from vmamba.models.config import list_models
 from vmamba.models.registry import create_model
 from vmamba.models.vmamba import VMamba
@@ -55,10 +58,10 @@ def open_model(checkpoint: str | None, device: str, img_size: int | None = None)
     if checkpoint in list_models(published=True) and not Path(checkpoint).exists():
         model, metadata = create_model(checkpoint, pretrained=True), dict[str, Any]()
     else:
-        model, metadata = load_model(checkpoint)
+        model, metadata = _load(checkpoint)
     classes = model.config.num_classes
     if task := metadata.get("task"):
-        raise ValueError(f"{checkpoint} holds a {task} model; `vmamba eval` and `vmamba predict` take --task {task}")
+        raise _other_task(checkpoint, task)
     if not classes:
         raise ValueError(f"{checkpoint} holds a backbone without a classifier; train one with `vmamba train --weights`")
     labels = metadata.get("labels")
@@ -68,6 +71,41 @@ def open_model(checkpoint: str | None, device: str, img_size: int | None = None)
     return OpenedModel(
         model.eval().to(target), checkpoint, tuple(labels) if labels else None, preprocessing, metadata, target
     )
+
+
+def _load(checkpoint: str) -> tuple[VMamba, dict[str, Any]]:
+    """Read weights; where there are none of a classifier, say what there is instead."""
+    if re.fullmatch(r"\w+", checkpoint) and not Path(checkpoint).exists():
+        hint = did_you_mean(checkpoint, list_models(published=True))
+        raise FileNotFoundError(f"there is no file {checkpoint!r}, and no published variant of that name{hint}")
+    try:
+        return load_model(checkpoint)
+    except CheckpointError:
+        if (task := held_task(checkpoint)) == "classification":
+            raise
+        raise _other_task(checkpoint, task) from None
+
+
+def _other_task(checkpoint: str, task: str) -> ValueError:
+    return ValueError(f"{checkpoint} holds a {task} model; `vmamba eval` and `vmamba predict` take --task {task}")
+
+
+def held_task(place: str) -> str:
+    """Tell what a file holds: classification where it is no file, or one that only opening it will tell about."""
+    file = Path(place).expanduser()
+    if not file.is_file():
+        return "classification"
+    from vmamba.tasks.segmentation_checkpoint import holds_segmenter
+
+    try:
+        if "detector" in (read_file(file)[1] or {}):
+            return "detection"
+        checkpoint = read_checkpoint(file)
+    except CheckpointError:
+        return "classification"
+    if holds_segmenter(checkpoint):
+        return "segmentation"
+    return "detection" if "roi_head" in checkpoint.skipped else "classification"
 
 
 def pick_device(device: str) -> torch.device:
@@ -86,6 +124,28 @@ def pick_device(device: str) -> torch.device:
 def to_json(value: Any) -> str:
     """Return JSON a person can read too."""
     return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def check_targets(output: str | None, picture: str | None = None) -> None:
+    """Make the folders of the files a command will write, so that what is wrong with them is known before the work.
+
+    Raises:
+        ValueError: A name is that of a folder, or of a kind of picture that cannot be drawn.
+        OSError: A folder cannot be made.
+    """
+    for option, name in (("output", output), ("picture", picture)):
+        if name is None:
+            continue
+        target = Path(name).expanduser()
+        if target.is_dir():
+            raise ValueError(f"--{option} {name} is a folder; name a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+    if picture is not None:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        kinds = FigureCanvasBase.get_supported_filetypes()
+        if (kind := Path(picture).suffix.lower().removeprefix(".")) not in kinds:
+            raise ValueError(f"--picture {picture} cannot be drawn as {kind or 'a file without ending'}; .png can")
 
 
 def write_text(path: str, text: str) -> None:

@@ -186,13 +186,14 @@ def evaluate_segmenter(argv: Sequence[str]) -> int:
     options = parse("eval", SegmentationEvalOptions, argv)
     from rich.console import Console
 
-    from vmamba.cli.opening import to_json, write_text
+    from vmamba.cli.opening import check_targets, to_json, write_text
     from vmamba.data.reading import guarded
     from vmamba.data.segmentation import PairSet, open_segmentation_source
     from vmamba.data.segmentation_loaders import evaluation_pairs
     from vmamba.tasks.segmentation import evaluate
     from vmamba.training.processes import evaluation_group
 
+    check_targets(options.output)
     group = evaluation_group(options.device)
     opened = open_segmenter(options, str(group.device))
     spec = options.data or opened.metadata.get("data")

@@ -71,10 +71,11 @@ class CocoImage:
 
 @dataclass
 class Problems:
-    """What was wrong with an annotation file: how often by kind, and each record by name."""
+    """What was wrong with an annotation file: how often by kind, and each record by name, skipped or mended."""
 
     counts: Counter[str] = field(default_factory=Counter)
     lines: list[str] = field(default_factory=list)
+    mended: list[str] = field(default_factory=list)
     records: int = 0
     skipped: int = 0
 
@@ -82,7 +83,7 @@ class Problems:
         """Take down one record."""
         self.counts[kind] += 1
         self.skipped += skipped
-        self.lines.append(line)
+        (self.lines if skipped else self.mended).append(line)
 
     def summary(self) -> str:
         """Return the kinds with their numbers, the most frequent first; empty when all is well."""
@@ -276,7 +277,8 @@ class _Reader:
             called = f"{self.file}: image {key if key is not None else '?'} ({name})"
             height, width = _integer(item, "height") or 0, _integer(item, "width") or 0
             if key is None or not isinstance(name, str) or not name:
-                self.problems.note("image without id or file_name", f"{self.file}: image record {str(item)[:80]}")
+                what = f"{self.file}: image record {str(item)[:80]} has no whole number as id, or no file_name"
+                self.problems.note("image without id or file_name", what)
             elif key in records:
                 raise ValueError(f"{self.file} has two images with the id {key}: {records[key].name} and {name}")
             elif height < 1 or width < 1:
@@ -340,7 +342,9 @@ class _Reader:
         over = max(box[0] - x, box[1] - y, x + width - box[2], y + height - box[3])
         if over > 1:  # rounding in other people's tools reaches over by less than a pixel
             self.problems.note(
-                "box cut at the edge", f"{called}: box {given} reaches {over:g} pixels out of the image", skipped=False
+                "box cut at the edge",
+                f"{called}: box {given} reaches {over:g} pixels out of the image, and was cut",
+                skipped=False,
             )
         return box
 

@@ -290,13 +290,17 @@ def _values(path: str | Path) -> np.ndarray:
         try:
             with Image.open(path) as image:
                 image.load()
-                plain = image.mode in ("L", "P", "1") or image.mode.startswith("I")
+                plain = image.mode in ("L", "P", "1", "F") or image.mode.startswith("I")
                 pixels = np.asarray(image if plain else image.convert("RGB"))
         except Image.DecompressionBombError:
             raise DamagedImageError(path, "more pixels than is safe to decode") from None
         except Exception as error:  # decoders meet corrupt data in many ways
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise DamagedImageError(path, f"cannot be decoded ({reason})") from None
+    if pixels.dtype.kind == "f":
+        if not (pixels == np.rint(pixels)).all() or np.abs(pixels).max(initial=0) > 2**24:  # NaN differs from itself
+            raise DamagedImageError(path, "the mask has values that are no whole numbers, and so of no class")
+        pixels = pixels.astype(np.int64)
     if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
         pixels = pixels[..., 0]
     return pixels.astype(np.uint8) if pixels.dtype == bool else pixels

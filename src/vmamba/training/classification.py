@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vmamba.data.loaders import Batch, TrainingLoader, evaluation_loader, training_loader
 from vmamba.data.reading import Share, guarded
-from vmamba.data.sources import open_source
+from vmamba.data.sources import ImageSet, open_source
 from vmamba.data.transforms import Preprocessing
 from vmamba.models.checkpoint import load_checkpoint, save_checkpoint
 from vmamba.models.registry import create_model
@@ -35,6 +36,8 @@ class ClassificationTask(Task):
         self.recipe = recipe
         self.name = recipe.model
         self.source = open_source(recipe.data, recipe.held_out)
+        if len(self.source.classes) < 2:
+            raise ValueError(f"{recipe.data} has the one class {self.source.classes[0]!r}; to classify takes two")
         self.preprocessing = Preprocessing.for_style(self.source.style, recipe.img_size or self.source.img_size)
         augmentation = recipe.augmentation
         self.transform = self.preprocessing.training_transform(
@@ -150,7 +153,7 @@ class ClassificationTask(Task):
         source, side = self.source, self.preprocessing.img_size
         parameters = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
         frozen = ", of which the last layer is trained" if self.recipe.tune == "head" else ""
-        return [
+        lines = [
             ("model", f"{self.recipe.model}, {parameters:.2f} M parameters{frozen}"),
             (
                 "data",
@@ -158,6 +161,12 @@ class ClassificationTask(Task):
                 f" train on, {len(source.held_out):,} held out ({source.note})",
             ),
         ]
+        if isinstance(source.train, ImageSet):
+            numbers = np.bincount(source.train.targets, minlength=len(source.classes))
+            if empty := [name for name, number in zip(source.classes, numbers, strict=True) if not number]:
+                shown = ", ".join(map(repr, empty[:5])) + (", …" if len(empty) > 5 else "")
+                lines.append(("classes", f"{len(empty)} without an image to train on: {shown}"))
+        return lines
 
     def epoch_line(self, record: Mapping[str, Any]) -> str:
         """Tell loss and accuracy; those of training are missing when every update was skipped."""

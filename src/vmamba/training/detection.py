@@ -157,8 +157,10 @@ class DetectionTask(Task):
             ),
         ]
         for images in (self.train, self.held_out):
-            if problems := images.problems.lines:
-                lines.append(("skipped", f"{images.problems.summary()}; the first: {problems[0]}"))
+            problems = images.problems
+            if problems.counts:
+                word, first = ("skipped", problems.lines) if problems.lines else ("mended", problems.mended)
+                lines.append((word, f"{problems.summary()}; the first: {first[0]}"))
         return lines
 
     def epoch_line(self, record: Mapping[str, Any]) -> str:

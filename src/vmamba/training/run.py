@@ -220,7 +220,9 @@ def _introduce(run: Run) -> None:
     ]
     for word, sentence in lines:
         run.progress.note(f"{word:<7} {sentence}")
-    if run.position.updates:
+    if run.position.epoch >= recipe.epochs:
+        run.progress.note(f"all {recipe.epochs} epochs were made already; a larger --epochs goes on")
+    elif run.position.updates:
         run.progress.note(f"going on in epoch {run.position.epoch + 1} after {run.position.updates} updates")
 
 

@@ -102,8 +102,9 @@ def resumed_folder(recipe: RunOptions) -> RunFolder | None:
     before, now = folder.read_config(), recipe.to_dict()
     for name, value in now.items():
         if name not in CHANGEABLE_ON_RESUME and name in before and before[name] != value:
-            asked = f"it was {before[name]}, {value} was asked for"
-            raise ValueError(f"a resumed run keeps its {name}: {asked}; start a new run for that")
+            field, old, new = _difference(name, before[name], value)
+            asked = f"it was {old}, {new} was asked for"
+            raise ValueError(f"a resumed run keeps its {field}: {asked}; start a new run for that")
     if recipe.output and Path(recipe.output).expanduser().resolve() != folder.path.resolve():
         raise ValueError(f"--output {recipe.output} and --resume {recipe.resume} differ; a run stays in its folder")
     return folder
@@ -141,6 +142,14 @@ def new_run_folder(output: str | None, name: str, root: Path = RUNS) -> RunFolde
             number += 1
         else:
             return RunFolder(path)
+
+
+def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """Return the dotted name of the first option that differs, what it was and what it is to be."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
+        return _difference(f"{name}.{key}", before.get(key), now.get(key))
+    return name, before, now
 
 
 def newest_checkpoint(root: Path = RUNS) -> Path:
