@@ -1,3 +1,4 @@
+import contextlib
 import signal
 import subprocess
 import sys
@@ -29,3 +30,39 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(tmp_path, monkeypatch):
     assert resumed.returncode == 0, resumed.stderr
     assert "going on in epoch" in resumed.stdout
     assert metrics.read_text().count('"kind": "epoch"') == done + 1
+
+
+def test_ctrl_c_in_the_middle_of_an_import_is_no_error_of_the_program(vmamba, monkeypatch):
+    from vmamba.cli import models
+
+    def half_imported(argv):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:  # as some packages do around their own imports
+            raise RecursionError("maximum recursion depth exceeded") from None
+
+    monkeypatch.setattr(models, "run", half_imported)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        outcome = vmamba("models")
+        assert signal.signal(signal.SIGINT, before) is signal.default_int_handler  # put back
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (outcome.status, outcome.err) == (130, "vmamba models: interrupted\n")
+
+
+def test_ctrl_c_that_was_swallowed_is_heeded_before_training(vmamba, monkeypatch):
+    from vmamba.cli import tasks, train
+
+    def swallowing(words):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return tasks.task_of(words)
+
+    monkeypatch.setattr(train, "task_of", swallowing)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        outcome = vmamba("train", "--model", "vmamba_test")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (outcome.status, outcome.out, outcome.err) == (130, "", "vmamba train: interrupted\n")

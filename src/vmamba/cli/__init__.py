@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
+from vmamba.cli.ending import noting_interrupts
+
 COMMANDS = {
     "quickstart": "train vmamba_nano on handwritten digits, evaluate it, look at what it sees",
     "train": "train a model on your images",
@@ -61,28 +63,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(command: str, words: Sequence[str]) -> int:
     """Run a command so that whatever a user can cause ends in a sentence instead of a traceback."""
     name = f"vmamba {command}"
-    try:
-        return _run(command, words)
-    except KeyboardInterrupt:
-        return _complain(name, "interrupted", _INTERRUPTED)
-    except BrokenPipeError:
+    with noting_interrupts() as interrupted:
+        try:
+            return _run(command, words)
+        except KeyboardInterrupt:
+            return _complain(name, "interrupted", _INTERRUPTED)
+        except Exception as error:
+            # Ctrl-C in the middle of an import, or of another process's work, comes up as any error there is.
+            return _complain(name, "interrupted", _INTERRUPTED) if interrupted else _explained(name, error)
+
+
+def _explained(name: str, error: Exception) -> int:
+    """Say what went wrong where the user can do something about it; raise the error where not."""
+    if isinstance(error, BrokenPipeError):
         # The reader of a pipe, such as `head`, has seen enough; keep Python from complaining when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
-    except ModuleNotFoundError as error:
+    if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRA_PACKAGES:
-            raise
+            raise error
         extra = _EXTRAS.get(package, "train")
         return _complain(name, f"needs the package {error.name}: pip install 'vmamba[{extra}]'", _BAD_INPUT)
-    except (ValueError, TypeError, OSError) as error:
-        if os.environ.get("VMAMBA_TRACEBACK"):
-            raise
-        return _complain(name, _sentence(error), _BAD_INPUT)
-    except RuntimeError as error:
-        if os.environ.get("VMAMBA_TRACEBACK") or not _is_expected(error):
-            raise
-        return _complain(name, _sentence(error), _FAILED)
+    told = isinstance(error, (ValueError, TypeError, OSError)) or _is_expected(error)
+    if os.environ.get("VMAMBA_TRACEBACK") or not told:
+        raise error
+    return _complain(name, _sentence(error), _FAILED if isinstance(error, RuntimeError) else _BAD_INPUT)
 
 
 def _run(command: str, words: Sequence[str]) -> int:
@@ -94,8 +100,13 @@ def _run(command: str, words: Sequence[str]) -> int:
     return status
 
 
-def _is_expected(error: RuntimeError) -> bool:
-    return type(error).__name__ in ("TrainingFailedError", "LoaderError", "OutOfMemoryError", "ExportFailedError")
+def _is_expected(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and type(error).__name__ in (
+        "TrainingFailedError",
+        "LoaderError",
+        "OutOfMemoryError",
+        "ExportFailedError",
+    )
 
 
 def _sentence(error: Exception) -> str:

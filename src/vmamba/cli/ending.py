@@ -9,6 +9,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+_interrupts: list[int] = []  # that came while a command ran
+
+
+@contextmanager
+def noting_interrupts() -> Iterator[list[int]]:
+    """Let Ctrl-C raise KeyboardInterrupt as always, and note it: imports of other packages may swallow that."""
+
+    def note(number: int, frame: object) -> NoReturn:
+        _interrupts.append(number)
+        raise KeyboardInterrupt
+
+    _interrupts.clear()
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield _interrupts
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield _interrupts
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def heed_interrupts() -> None:
+    """Raise KeyboardInterrupt if Ctrl-C came and was swallowed."""
+    if _interrupts:
+        raise KeyboardInterrupt
+
 
 @contextmanager
 def leaving_on_sigterm(command: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmamba.cli.arguments import parse
+from vmamba.cli.ending import heed_interrupts
 from vmamba.cli.tasks import part, task_of
 from vmamba.training.run_folder import RunFolder
 
@@ -25,6 +26,7 @@ def run(argv: Sequence[str]) -> int:
     from vmamba.training.engine import TrainingInterruptedError, train
     from vmamba.training.processes import is_speaker, leave
 
+    heed_interrupts()
     console = Console()
     try:
         result = train(recipe, console, make_task=part(task, "make_task"))
