@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -55,6 +56,19 @@ def test_a_checkpoint_that_is_not_there_is_told_what_would_be(vmamba, place, mes
     outcome = vmamba("eval", "--checkpoint", place)
     assert outcome.status == 2
     assert message in outcome.err
+
+
+@pytest.mark.parametrize("words", [["eval", "--picture", "closed/a.png"], ["predict", "a.png", "--output", "closed/a"]])
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(vmamba, trained, tmp_path, monkeypatch, words):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", f"{dir}/tmp1234")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("vmamba.cli.opening.load_model", lambda place: pytest.fail("the work has begun"))
+    shutil.copy(trained / "curves.png", tmp_path / "a.png")
+    outcome = vmamba(*words, "--checkpoint", trained)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.endswith(f"{words[-1]}: Permission denied\n")
 
 
 def test_weights_of_a_file_cannot_be_chosen(vmamba, trained):

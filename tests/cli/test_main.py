@@ -90,6 +90,8 @@ def test_a_missing_extra_is_named_and_a_bug_is_not_hidden(vmamba, monkeypatch):
     outcome = vmamba("models")
     assert outcome.status == 2
     assert "pip install 'vmamba[train]'" in outcome.err
+    fail_with(ModuleNotFoundError("No module named 'faster_coco_eval'", name="faster_coco_eval.core"))
+    assert "pip install 'vmamba[detection]'" in vmamba("models").err
     fail_with(ModuleNotFoundError("No module named 'vmamba.oops'", name="vmamba.oops"))
     with pytest.raises(ModuleNotFoundError):
         vmamba("models")

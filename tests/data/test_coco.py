@@ -107,6 +107,15 @@ def test_an_image_record_without_id_or_name_is_told_what_it_lacks(root):
     assert "has no whole number as id, or no file_name" in read(root).problems.lines[0]
 
 
+def test_categories_the_model_does_not_know_are_named(root):
+    known = read_coco(root / "train.json", root / "images", masks=True, classes=["square", "tree"])
+    assert "category_id 3, 'disc', which the model does not know" in "".join(known.problems.lines)
+    with pytest.raises(
+        ValueError, match=r"no category of .*train\.json \(disc, square, triangle, …\) is a class of the"
+    ):
+        read_coco(root / "train.json", root / "images", masks=True, classes=["tree", "car"])
+
+
 def test_a_box_over_the_edge_is_cut_and_a_pixel_of_rounding_is_no_news(root):
     changed(root, lambda content: content["annotations"][0].update(bbox=[-20, 60.5, 40, 20]))
     images = read(root)

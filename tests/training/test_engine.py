@@ -321,6 +321,20 @@ def test_resume_auto_starts_or_goes_on(colours, tmp_path):
     assert "going on in epoch 2" in console.file.getvalue()
 
 
+def test_resume_auto_starts_again_where_nothing_was_saved(colours, tmp_path):
+    straight = train(recipe(colours, tmp_path / "straight"), quiet())
+    train(recipe(colours, tmp_path / "run", epochs=1), quiet())
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as after a kill in the first epoch
+    with pytest.raises(FileNotFoundError, match="before it had saved anything"):
+        train(recipe(colours, tmp_path / "run", resume=str(tmp_path / "run")), quiet())
+    console = quiet()
+    again = train(recipe(colours, tmp_path / "run", resume="auto"), console)
+    assert "holds no checkpoint yet; its run starts from the beginning" in console.file.getvalue().replace("\n", "")
+    assert again.report == straight.report
+    steps = [[line["step"] for line in result.folder.read_metrics()] for result in (straight, again)]
+    assert steps[0] == steps[1]
+
+
 def test_checkpoints_within_an_epoch_and_for_good(colours, tmp_path):
     options = CheckpointOptions(every=2, keep=1, keep_epochs=2)
     train(recipe(colours, tmp_path / "run", epochs=5, checkpoints=options), quiet())

@@ -133,6 +133,29 @@ def test_the_recipe_is_the_published_one(shared, name):
     assert recipe.model_options["drop_path_rate"] == special.get(name, wanted["drop_path"].get(size))
 
 
+def test_headers_of_detection_and_segmentation_recipes_are_the_published_figures(shared):
+    reference = json.loads((shared / "reference" / "published.json").read_text())
+    tables = reference["performance_md"]
+    headers = {path.stem: " ".join(path.read_text().partition("\ntask:")[0].split("\n# ")) for path in RECIPES}
+    expected = []
+    for row in tables["det"]:
+        figures = [f"{name} {value}" for part in ("bbox", "segm") for name, value in row[part].items()]
+        expected.append(("coco", row["backbone"], row["detector"].partition("@")[2], figures))
+    for row in [*tables["seg"], *reference["seg_640_old_readme"]]:
+        figures = [f"mIoU {row['mIoU_ss']} at one scale", f"{row['mIoU_ms']} at six scales"]
+        expected.append(("ade20k", row["backbone"], row["crop"].partition("x")[0], figures))
+    ours = [row for row in expected if "VMamba" in row[1]]
+    assert len(ours) == sum(name.startswith(("coco", "ade20k")) for name in headers)
+    for task, backbone, kind, figures in ours:
+        ending = kind.replace("[", "_").rstrip("]")
+        (text,) = (
+            text
+            for name, text in headers.items()
+            if name.startswith(task) and name.endswith(f"_{ending}") and text.startswith(f"# {backbone} with ")
+        )
+        assert all(figure in text for figure in figures), (backbone, kind)
+
+
 def test_the_published_transforms_are_built(shared):
     """Crop, interpolation, flip, RandAugment, erasing and normalisation as in `cls_recipe`."""
     wanted = json.loads((shared / "reference" / "published.json").read_text())["cls_recipe"]

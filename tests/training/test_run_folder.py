@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from vmamba.training.run_folder import RunFolder, new_run_folder, newest_checkpoint
@@ -36,6 +38,30 @@ def test_config_and_metrics_round_trip(tmp_path):
     assert [record["step"] for record in folder.read_metrics()] == [10, 20, 30]
     folder.forget_metrics_after(20)
     assert [record["step"] for record in folder.read_metrics()] == [10, 20]
+
+
+@pytest.mark.parametrize("content", [b"", b"epochs: [", b"- 3", b"\xff\xfe"])
+def test_a_damaged_recipe_is_told(tmp_path, content):
+    folder = RunFolder(tmp_path)
+    folder.config.write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged"):
+        folder.read_config()
+
+
+def test_a_recipe_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.write_config({"epochs": 3})
+
+    def full(self, *words, **options):
+        with self.open("w") as stream:
+            stream.write("epo")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises((OSError, ValueError), match="No space left"):
+        folder.write_config({"epochs": 4})
+    assert folder.read_config() == {"epochs": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_newest_checkpoint_prefers_the_best_of_the_latest_run(tmp_path):

@@ -36,6 +36,7 @@ _EXTRAS = {
     "gradio": "demo",
     "pyarrow": "embed",
     "transformers": "segmentation",
+    "faster_coco_eval": "detection",
 }
 _EXTRA_PACKAGES = {"accelerate", "matplotlib", "sklearn", "tensorboard", "torchmetrics", *_EXTRAS}
 _BAD_INPUT, _FAILED, _INTERRUPTED = 2, 1, 130

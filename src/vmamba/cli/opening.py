@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def open_model(checkpoint: str | None, device: str, img_size: int | None = None)
     if task := metadata.get("task"):
         raise _other_task(checkpoint, task)
     if not classes:
+        if (task := held_task(checkpoint)) != "classification":  # files of mmdetection and mmsegmentation
+            raise _other_task(checkpoint, task)
         raise ValueError(f"{checkpoint} holds a backbone without a classifier; train one with `vmamba train --weights`")
     labels = metadata.get("labels")
     if labels is not None and len(labels) != classes:
@@ -131,7 +134,7 @@ def check_targets(output: str | None, picture: str | None = None) -> None:
 
     Raises:
         ValueError: A name is that of a folder, or of a kind of picture that cannot be drawn.
-        OSError: A folder cannot be made.
+        OSError: A folder cannot be made or written to.
     """
     for option, name in (("output", output), ("picture", picture)):
         if name is None:
@@ -140,6 +143,11 @@ def check_targets(output: str | None, picture: str | None = None) -> None:
         if target.is_dir():
             raise ValueError(f"--{option} {name} is a folder; name a file")
         target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryFile(dir=target.parent):
+                pass
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(target)) from None
     if picture is not None:
         from matplotlib.backend_bases import FigureCanvasBase
 

@@ -59,8 +59,9 @@ def predict_classes(argv: Sequence[str]) -> int:
     """Classify as the flags say; return the exit status: 1 when some images are damaged."""
     options = parse("predict", PredictOptions, argv, positionals=[("images", "*")])
     paths = find_images(options.images)
-    from vmamba.cli.opening import open_model, write_text
+    from vmamba.cli.opening import check_targets, open_model, write_text
 
+    check_targets(options.output)
     opened = open_model(options.checkpoint, options.device, options.img_size)
     records = classify(opened, paths, options.top, options.batch_size)
     text = _FORMATS[options.format](records)

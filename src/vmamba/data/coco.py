@@ -250,6 +250,7 @@ class _Reader:
         self.file, self.folder, self.masks = file, folder, masks
         self.problems = Problems()
         self._listings: dict[str, set[str]] = {}
+        self._names: dict[int, str] = {}
 
     def categories(self, items: list[Any], classes: Sequence[str] | None) -> tuple[tuple[str, ...], dict[int, int]]:
         """Return the names of the classes and the class index of each category id."""
@@ -267,6 +268,10 @@ class _Reader:
             raise ValueError(f"{self.file} has no categories")
         ordered = tuple(classes) if classes else tuple(names[key] for key in sorted(names))
         index = {name: i for i, name in enumerate(ordered)}
+        self._names = names
+        if not index.keys() & set(names.values()):
+            own, others = (", ".join(list(some)[:5]) for some in (names.values(), ordered))
+            raise ValueError(f"no category of {self.file} ({own}, …) is a class of the model ({others}, …)")
         return ordered, {key: index[name] for key, name in names.items() if name in index}
 
     def images(self, items: list[Any]) -> dict[int, _Record]:
@@ -319,7 +324,9 @@ class _Reader:
     def _object(self, item: Mapping[str, Any], record: _Record, labels: Mapping[int, int], called: str) -> _Object:
         category = _integer(item, "category_id")
         if category is None or category not in labels:
-            raise _Wrong("unknown category", f"category_id {category}")
+            name = self._names.get(category)  # type: ignore[arg-type]
+            what = f"category_id {category}" + (f", {name!r}, which the model does not know" if name else "")
+            raise _Wrong("unknown category", what)
         box = self._box(item.get("bbox"), record, called)
         shape = self._shape(item.get("segmentation"), record)
         crowd = bool(item.get("iscrowd"))

@@ -185,6 +185,11 @@ def prepare(
 
 
 def _restore(run: Run) -> None:
+    if run.recipe.resume == "auto" and not run.together.on_main(run.checkpoints.paths):
+        # Killed in its first epoch: what starts jobs again by itself must not need a person for that.
+        run.progress.note(f"{run.folder.path} holds no checkpoint yet; its run starts from the beginning")
+        run.together.on_main(lambda: run.folder.forget_metrics_after(0))
+        return
     path = run.together.on_main(lambda: run.checkpoints.read_newest(run.progress.note).path)
     checkpoint = run.together.everywhere(lambda: read_checkpoint_folder(path))
     position, parts = checkpoint.position, checkpoint.parts

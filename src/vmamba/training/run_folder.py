@@ -36,18 +36,28 @@ class RunFolder:
         self.damaged = path / "damaged.txt"
 
     def write_config(self, recipe: dict[str, Any]) -> None:
-        """Write the recipe as YAML."""
-        self.config.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        """Write the recipe as YAML; whole or not at all, for without it the run cannot be resumed."""
+        from vmamba.models.checkpoint_files import replacing  # here, so that `vmamba train --help` stays quick
+
+        with replacing(self.config) as temporary:
+            temporary.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
     def read_config(self) -> dict[str, Any]:
         """Read the recipe of an earlier run.
 
         Raises:
             FileNotFoundError: This is not the folder of a run.
+            ValueError: Its recipe has been damaged.
         """
         if not self.config.is_file():
             raise FileNotFoundError(f"{self.path} is not the folder of a run: it holds no {self.config.name}")
-        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        try:
+            recipe = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            recipe = None
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{self.config} is damaged: it holds no recipe; write the run's again to go on with it")
+        return recipe
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add a line to the metrics."""
@@ -125,7 +135,7 @@ def new_run_folder(output: str | None, name: str, root: Path = RUNS) -> RunFolde
         path = Path(output).expanduser()
         if path.exists() and not path.is_dir():
             raise ValueError(f"--output {output} is a file; name a folder")
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
             raise ValueError(f"--output {output} is not empty; name another folder, or go on with --resume {output}")
         path.mkdir(parents=True, exist_ok=True)
         return RunFolder(path)
