@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import vmamba
+from vmamba.ops import nvrtc
+from vmamba.ops.layer_norm import cuda_kernels
 from vmamba.ops.layer_norm.api import add_norm, layer_norm, skip_norm
 from vmamba.ops.layer_norm.reference import add_norm_reference
 
@@ -81,6 +83,76 @@ def test_add_norm_says_what_is_wrong() -> None:
         add_norm(x, branch[:2], bias)
     with pytest.raises(ValueError, match="source must be"):
         add_norm(x, branch, bias, branch[:2])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
+@pytest.mark.skipif(nvrtc.compiler_unavailable() is not None, reason=f"{nvrtc.compiler_unavailable()}")
+@pytest.mark.parametrize(("channels", "capability"), [(96, (9, 0)), (40, (8, 0)), (1024, (10, 0))], ids=str)
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_backward_compiles_for_every_architecture(channels: int, capability: tuple[int, int], skip: bool) -> None:
+    plan = cuda_kernels.plan_rows(channels)
+    defines = cuda_kernels.backward_defines(channels, torch.bfloat16, skip, plan)
+    cubin = nvrtc.compile_cubin(cuda_kernels.source(), capability, defines, use_cache=False)
+    assert b"layer_norm_backward\0" in cubin
+    assert b"layer_norm_sums\0" in cubin
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
+def test_plans_cover_a_row_and_leave_no_lane_idle_at_usual_widths() -> None:
+    for channels in range(8, 1537, 8):
+        lanes, chunks, blocks = cuda_kernels.plan_rows(channels)
+        assert lanes * chunks * 8 >= channels
+        assert 32 % lanes == 0
+        assert chunks <= 6
+        assert 2 <= blocks <= 6
+    for n in range(6):
+        for width in (64, 96):
+            lanes, chunks, _ = cuda_kernels.plan_rows(width * 2**n if n < 5 else width * 16)
+            assert lanes * chunks * 8 == (width * 2**n if n < 5 else width * 16)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
+def test_what_the_backward_does_not_take() -> None:
+    low = torch.zeros(3, 16, dtype=torch.bfloat16)
+    assert "x is torch.float32" in str(cuda_kernels.why_not(low, None, low.float()))
+    assert "gradients of x's dtype" in str(cuda_kernels.why_not(low.float(), None, low))
+    assert "multiple of 8 channels" in str(cuda_kernels.why_not(low[:, :4], None, low[:, :4]))
+    assert "needs CUDA tensors" in str(cuda_kernels.why_not(low, low, low))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize(
+    "shape",
+    [(37, 8), (401408, 96), (70001, 40), (3, 57, 192), (25088, 384), (1025, 768), (9, 1024), (300, 1536)],
+    ids=str,
+)
+def test_gradients_of_16_bit_rows(
+    shape: tuple[int, ...],
+    skip: bool,
+    dtype: torch.dtype,
+    assert_accurate: Callable[..., None],
+    nan_filled_memory: None,
+) -> None:
+    x, parameters, grads = make(shape, "cuda")
+    x, grads = x.to(dtype), [g.to(dtype) for g in grads]
+    if not skip:
+        grads[1].zero_()
+
+    def run() -> tuple[torch.Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
+        if not skip:
+            return torch.autograd.grad(layer_norm(*leaves, 1e-5, dtype), leaves, grads[0])
+        around, y = skip_norm(*leaves, 1e-5, dtype)
+        return torch.autograd.grad((y, around * 1), leaves, grads)
+
+    ours = run()
+    assert cuda_kernels.why_not(grads[0], grads[1], x) is None
+    results = [gradients(kind, x, parameters, grads) for kind in (torch.float64, torch.float32)]
+    for name, actual, exact, plain in zip(["x", "gamma", "beta"], ours, *results, strict=True):
+        assert_accurate(actual, plain.to(actual.dtype), exact, name)
+    assert all(torch.equal(a, b) for a, b in zip(ours, run(), strict=True))
 
 
 @pytest.mark.gpu

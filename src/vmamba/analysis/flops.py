@@ -200,7 +200,7 @@ def _norm_mlp(x: Any, w1: Any, *_: Any, **__: Any) -> int:
 
 
 def _depthwise_silu(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * prod(x) * weight[0] * weight[1]
+    return 2 * prod(x) * weight[1] * weight[2]
 
 
 def _conv_norm(x: Any, weight: Any, *_: Any, **__: Any) -> int:

@@ -132,7 +132,7 @@ class FusedBlock(nn.Module):
         conv_bias = op.conv2d.bias
         A, D, dt_bias = op._scan_parameters()
         buffers = {
-            "conv_weight": op.conv2d.weight[:, 0].permute(1, 2, 0).to(dtype),  # (3, 3, E)
+            "conv_weight": op.conv2d.weight[:, 0].float(),  # (E, 3, 3)
             "conv_bias": None if conv_bias is None else conv_bias.float(),
             "x_proj_weight": op.x_proj_weight.flatten(0, 1).to(dtype),
             "dt_weight": op.dt_projs_weight.to(dtype),
@@ -179,7 +179,7 @@ class FusedBlock(nn.Module):
     def _scan(self, u: Tensor) -> Tensor:
         """Convolve, activate and scan (B, H, W, E)."""
         B, H, W, _ = u.shape
-        u = depthwise_silu(u, self.conv_weight, self.conv_bias).view(B, H * W, -1)
+        u = depthwise_silu(u, self.conv_weight, self.conv_bias).flatten(1, 2)
         y = ss2d_scan(
             u,
             F.linear(u, self.x_proj_weight),

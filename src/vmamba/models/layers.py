@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba.ops.convolution.api import depthwise_silu
+from vmamba.ops.convolution.api import depthwise_silu, takes_depthwise
 from vmamba.ops.layer_norm.api import layer_norm, skip_norm
-from vmamba.ops.linear.api import why_not
 from vmamba.ops.mlp.api import mlp, takes_mlp
 from vmamba.ops.stem.api import first_layer, takes_first_layer
 
@@ -98,16 +97,13 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def convolve_activate(x: Tensor, conv: nn.Module | None, act: nn.Module) -> Tensor:
-    """Convolve (B, H, W, C), if there is a convolution, and activate; without gradients in one kernel on GPUs.
-
-    With gradients it is cuDNN's: a backward pass of our own was no faster (docs/performance.md).
-    """
+    """Convolve (B, H, W, C), if there is a convolution, and activate; on a GPU in 16 bits in one kernel."""
     if conv is None:
         return act(x)
     known = isinstance(conv, DepthwiseConv2d) and conv.kernel_size == (3, 3) and type(act) is nn.SiLU
-    if known and not torch.is_grad_enabled() and why_not(x) is None and not _have_hooks((conv, act)):
+    if known and takes_depthwise(x) and not _have_hooks((conv, act)):
         weight: Any = conv.weight
-        return depthwise_silu(x, weight[:, 0].permute(1, 2, 0).to(x.dtype), conv.bias)  # type: ignore[arg-type]
+        return depthwise_silu(x, weight.squeeze(1), conv.bias)  # type: ignore[arg-type]
     y: Tensor = act(conv(x))
     return y
 
@@ -131,9 +127,8 @@ class DropPath(nn.Module):
         """Return (B, ...) with some images' branches zeroed, in training only."""
         if self.rate == 0.0 or not self.training:
             return x
-        keep = 1.0 - self.rate
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-        return x * mask.div_(keep)
+        # Dropout of ones: compilers draw the numbers of all branches in one kernel, where each `bernoulli_` is its own.
+        return x * F.dropout(x.new_ones((x.shape[0],) + (1,) * (x.ndim - 1)), self.rate)
 
     def extra_repr(self) -> str:
         """Tell the rate."""

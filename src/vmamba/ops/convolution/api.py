@@ -1,32 +1,57 @@
-"""Convolutions with what follows them in VMamba in one kernel, for inference: GPUs only, by Triton, no gradients."""
+"""Convolutions with what follows them in VMamba in one kernel: GPUs only.
+
+`depthwise_silu` is CUDA, with gradients; where that cannot be compiled, Triton without. `conv_norm` is Triton, for
+inference.
+"""
 
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from vmamba.ops import nvrtc
+from vmamba.ops.convolution import cuda_kernels
 from vmamba.ops.linear.api import split_channels, why_not
 from vmamba.ops.operator import operator
 
 
+@torch.compiler.assume_constant_result
+def _compiles() -> bool:
+    """Whether kernels in CUDA can be compiled here; a constant to compilers, which cannot look into libraries."""
+    return nvrtc.compiler_unavailable() is None
+
+
+def takes_depthwise(x: Tensor) -> bool:
+    """Whether `depthwise_silu` can run on a map (..., C): with gradients, if they are enabled."""
+    if torch.is_grad_enabled():
+        return x.is_cuda and _compiles() and cuda_kernels.why_not_map(x) is None
+    return why_not(x) is None
+
+
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Convolve each channel with its own 3×3 filter, size kept, and apply SiLU.
+    """Convolve each channel with its own 3×3 filter, size kept, and apply SiLU; with gradients for every argument.
+
+    Nothing but x is kept for the backward pass, which computes the convolution anew.
 
     Args:
         x: (B, H, W, C), float16 or bfloat16.
-        weight: (3, 3, C).
+        weight: (C, 3, 3), of any floating dtype; products and sums are float32.
         bias: (C).
 
     Returns:
         (B, H, W, C) of x's dtype, rounded once.
 
     Raises:
-        ValueError: shapes do not agree, or the kernel cannot run on these tensors; says why.
+        ValueError: shapes do not agree, or no kernel can run on these tensors; says why.
     """
-    if x.dim() != 4 or weight.shape != (3, 3, x.shape[-1]):
+    if x.dim() != 4 or weight.shape != (x.shape[-1], 3, 3):
         raise ValueError(
-            f"depthwise_silu: x (B, H, W, C) and weight (3, 3, C) do not agree: {tuple(x.shape)}, {tuple(weight.shape)}"
+            f"depthwise_silu: x (B, H, W, C) and weight (C, 3, 3) do not agree: {tuple(x.shape)}, {tuple(weight.shape)}"
         )
-    return _depthwise_silu(x, weight, bias)
+    # Rows, not maps: inductor writes what it keeps of four dimensions beside a convolution in the order (B, W, C, H).
+    y: Tensor = _depthwise_silu(x.flatten(1, 2), weight, bias, x.shape[1], x.shape[2])
+    return y.view(x.shape)
 
 
 def conv_norm(
@@ -69,14 +94,47 @@ def _kernels(x: Tensor) -> ModuleType:
 
 
 @operator("vmamba::depthwise_silu")
-def _depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = _kernels(x).depthwise_silu(x.contiguous(), weight.contiguous(), bias)
-    return y
+def _depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
+    if cuda_kernels.why_not(x) is None:
+        return cuda_kernels.depthwise_silu(x, weight, bias, height, width)
+    module = _kernels(x)
+    y: Tensor = module.depthwise_silu(x.reshape(len(x), height, width, -1).contiguous(), weight, bias)
+    return y.view(x.shape)
 
 
 @_depthwise_silu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@operator("vmamba::depthwise_silu_backward")
+def _depthwise_silu_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    if reason := cuda_kernels.why_not(x):
+        raise ValueError(f"depthwise_silu has no gradients here: {reason}")
+    return cuda_kernels.depthwise_silu_backward(dy, x, weight, bias, height, width)
+
+
+@_depthwise_silu_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(weight.numel() + len(weight), dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.height, ctx.width = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    dx, sums = _depthwise_silu_backward(dy.to(x.dtype), x, weight, bias, ctx.height, ctx.width)
+    taps = weight.numel()
+    dweight, dbias = sums[:taps].view(weight.shape).to(weight.dtype), sums[taps:]
+    return dx, dweight, None if bias is None else dbias.to(bias.dtype), None, None
+
+
+_depthwise_silu.register_autograd(_backward, _setup_context)
 
 
 @operator("vmamba::conv_norm")

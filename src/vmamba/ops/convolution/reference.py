@@ -6,8 +6,7 @@ from torch import Tensor
 
 def depthwise_silu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Specify `depthwise_silu`."""
-    filters = weight.permute(2, 0, 1).unsqueeze(1)
-    y = F.conv2d(x.permute(0, 3, 1, 2), filters, bias, padding=1, groups=x.shape[-1])
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight.unsqueeze(1), bias, padding=1, groups=x.shape[-1])
     return F.silu(y).permute(0, 2, 3, 1)
 
 

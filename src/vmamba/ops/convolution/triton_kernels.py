@@ -158,8 +158,9 @@ def conv_norm_kernel(
 def depthwise_silu(
     x: Tensor, weight: Tensor, bias: Tensor | None, tile: tuple[int, int, int, int] | None = None
 ) -> Tensor:
-    """Compute `vmamba.ops.convolution.api.depthwise_silu` of x [B, H, W, C] on its GPU."""
+    """Compute `vmamba.ops.convolution.api.depthwise_silu` of x [B, H, W, C] and weight [C, 3, 3] on its GPU."""
     B, H, W, C = x.shape
+    weight = weight.permute(1, 2, 0).contiguous()
     if tile is None:
         tile = (H, 16, 32, 1) if B * triton.cdiv(W, 16) * triton.cdiv(C, 32) >= 2048 else (min(H, 14), 8, 64, 1)
         if B * triton.cdiv(H, 14) * triton.cdiv(W, 8) * triton.cdiv(C, 64) < 1024:  # small batches: more programs

@@ -1,6 +1,7 @@
 """LayerNorm over channels: its result in the dtype wanted, its backward pass in one kernel; and sums with their norm.
 
-On a GPU with Triton the backward pass is `triton_kernels`; everywhere else it is torch's. The forward pass is torch's
+On a GPU with Triton the backward pass is `cuda_kernels` for 16-bit rows and `triton_kernels` for all others; everywhere
+else it is torch's. The forward pass is torch's
 own operator in either case, so that a compiler can fuse it with what comes before.
 """
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vmamba.ops.layer_norm import cuda_kernels
 from vmamba.ops.operator import operator
 
 _HAS_TRITON = find_spec("triton") is not None
@@ -181,7 +183,8 @@ def _backward(
     rows = [None if t is None else t.reshape(-1, x.shape[-1]).contiguous() for t in (dy, skip, x)]
     assert rows[0] is not None
     assert rows[2] is not None
-    dx, dgamma, dbeta = triton_kernels.backward(
+    module = triton_kernels if cuda_kernels.why_not(rows[0], rows[1], rows[2]) else cuda_kernels
+    dx, dgamma, dbeta = module.backward(
         rows[0], rows[1], rows[2], mean.contiguous(), rstd.contiguous(), gamma.contiguous()
     )
     return dx.view(x.shape), dgamma, dbeta

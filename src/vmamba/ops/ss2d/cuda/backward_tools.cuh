@@ -1,11 +1,5 @@
 // What the backward of SS2D needs of the hardware beyond common.cuh, which comes before this text.
 
-__device__ __forceinline__ float rcp(float v) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-    return r;
-}
-
 // An 8 x 8 matrix of 16-bit values, row lane / 4 and columns 2 (lane % 4), transposed across the warp.
 __device__ __forceinline__ u32 transpose8(u32 v) {
     u32 r;
