@@ -18,20 +18,27 @@ from torch import Tensor
 
 from vmamba.ops import nvrtc
 from vmamba.ops.ss2d import cuda_kernels
-from vmamba.ops.ss2d.cuda_plans import ClusterPlan, LinePlan, Plan, Problem, find_device, plan_forward
+from vmamba.ops.ss2d.cuda_plans import LinePlan, Plan, plan_forward
+from vmamba.ops.ss2d.cuda_problem import Problem, find_device
+from vmamba.ops.ss2d.cuda_tiles import TilePlan, fit_tiles
 
 DTYPE = torch.bfloat16
+_TILES = (
+    TilePlan(8, 32, 32, 8),
+    TilePlan(8, 32, 32, 8, 2, 2, ahead=2),
+    TilePlan(10, 20, 40, 5, 3, 2),
+    TilePlan(4, 32, 32, 8, 2, 2),
+)
 PLANS: tuple[tuple[Case, tuple[Plan, ...]], ...] = (
-    (
-        Case("detection", 4, 200, 200, 192, 6),
-        (
-            ClusterPlan(10, 7, 16),
-            ClusterPlan(8, 7, 16),
-            ClusterPlan(4, 7, 16, depth=2),
-        ),
-    ),
-    (Case("64x64", 128, 64, 64, 96, 6), (ClusterPlan(8, 7, 2), ClusterPlan(4, 7, 2, depth=2))),
-    (Case("112x112", 41, 112, 112, 96, 6), (ClusterPlan(8, 7, 8), ClusterPlan(4, 7, 8, depth=2))),
+    (Case("detection", 4, 200, 200, 192, 6), _TILES),
+    (Case("64x64", 128, 64, 64, 96, 6), _TILES),
+    (Case("64x64, rank 12", 24, 64, 64, 192, 12), _TILES),
+    (Case("64x64, rank 24", 6, 64, 64, 384, 24), _TILES),
+    (Case("128x128", 24, 128, 128, 96, 6), _TILES),
+    (Case("256x256", 6, 256, 256, 96, 6), _TILES),
+    (Case("200x320", 2, 200, 320, 96, 6), _TILES),
+    (Case("100x160", 2, 100, 160, 192, 12), _TILES),
+    (Case("50x80", 2, 50, 80, 384, 24), _TILES),
     (Case("65x97", 8, 65, 97, 192, 6), ()),
     (Case("300x20", 8, 300, 20, 192, 6), ()),
     (
@@ -105,7 +112,8 @@ def candidates(case: Case, plans: tuple[Plan, ...]) -> list[Plan]:
     device = find_device(0)
     problem = Problem(case.height, case.width, case.rank, -(-case.channels // 16), case.batch)
     chosen = plan_forward(problem, device)
-    fitting = [plan for plan in plans if plan.shared_bytes(problem) <= device.block_shared]
+    fitted = (fit_tiles(plan, problem) if isinstance(plan, TilePlan) else plan for plan in plans)
+    fitting = [plan for plan in fitted if plan.shared_bytes(problem) <= device.block_shared]
     return list(dict.fromkeys([*([chosen] if chosen else []), *fitting]))
 
 

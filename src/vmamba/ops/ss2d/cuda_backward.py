@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from importlib import resources
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vmamba.ops import nvrtc
+from vmamba.ops.cuda_source import read_source
 
 MAX_RANK = 64
 _SOURCES = ("common.cuh", "backward_tools.cuh", "backward_chunk.cuh", "backward.cu")
@@ -19,15 +20,22 @@ _CHANNELS = 16  # of a warp's tile
 _SMALL = 256  # maps of so many positions are one warp's work
 _LARGEST = 2**26  # positions
 # Span, warps a block, blocks a multiprocessor; whether the merged map lies in the workspace; chunks staged at once.
-# Twelve warps have 168 registers a thread, eight or fewer 255. The first cut of most warps that fits is taken.
+# Twelve warps have 168 registers a thread, eight or fewer 255. A cut of most warps that fits is taken.
 _LARGE_MAPS = ((4, 4, 3, False, 1), (7, 4, 2, False, 2), (8, 4, 2, False, 2), (8, 4, 1, False, 2))
+_EIGHT_WARPS = ((4, 8, 1, False, 1), (8, 8, 1, False, 1))  # measured to win up to 32x32 where there are fewer otherwise
+_EIGHT_WARPS_LARGEST = 1600  # positions
 _LARGER_MAPS = ((8, 8, 1, True, 2), (8, 4, 1, True, 2), (4, 2, 1, True, 2))
 _SMALL_MAPS = tuple((span, *cut, False, 1) for cut in ((4, 2), (2, 2), (2, 1), (1, 1)) for span in (7, 8, 4))
-_LARGEST_CLUSTER = 16
-_CLUSTERED = 5  # clusters grow until so many maps a multiprocessor would be under way: their notes take memory
+_CLUSTERS = (1, 2, 4, 8, 16)
+_MAP_PIECES = 3.3  # pieces that take as long as what is done once a map, as measured from 64x64 to 200x320
+# What maps under way may note, over the bytes of x, or in bytes where that is more: below it is time that counts.
+_NOTED, _NOTED_BYTES = 0.65, 48 * 2**20
 _KEPT = 16  # ranks whose sums over positions a lane has registers for
 _THREADS = 256  # of the blocks that prepare and finish
 _PREPARE_BLOCKS = 1056  # a full wave on the largest GPUs; they stride over what there is to do
+
+
+_Cut = tuple[int, int, int, bool, int]  # a row of the tables above
 
 
 class Plan(NamedTuple):
@@ -89,11 +97,9 @@ class _Preparation(ctypes.Structure):
     ]
 
 
-@functools.cache
 def source() -> str:
-    """Concatenate the translation unit of the backward; there are no includes."""
-    folder = resources.files(__package__).joinpath("cuda")
-    return "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES)
+    """Give the translation unit of the backward."""
+    return read_source("vmamba.ops.ss2d", *_SOURCES)
 
 
 def why_not(x: Tensor, dt_weight: Tensor, routes: str) -> str | None:
@@ -146,6 +152,49 @@ def _fill_in(
     return Plan(span, warps, team, blocks, spill, stages, cluster, stashed > 0, held, pieces, shared, workspace)
 
 
+def _fitting(
+    cuts: Sequence[_Cut],
+    length: int,
+    rank: int,
+    items: int,
+    shared_limit: int,
+    dy_dtype: torch.dtype,
+    maps: int = 2**31,
+    places: int = 0,
+    cluster: int = 1,
+) -> Plan | None:
+    """Choose the cut of most warps at work on a multiprocessor that fits, then of most blocks, then of fewest slots."""
+    held = (2, 1) if length <= _SMALL else (1,)  # the first that fits is taken
+    plans = [_fill_in(length, rank, items, dy_dtype, cut, cluster, n) for cut in cuts for n in held]
+    # Twelve warps were measured to win only where the sums of dt_weight lie in registers.
+    plans = [plan for plan in plans if not (plan.team and plan.stash and plan.warps * plan.blocks > 8)]
+    plans = [plan for plan in plans if plan.blocks * (plan.shared_bytes + 1024) <= shared_limit + 1024]
+    together = -(-maps // places) if places else maps
+
+    def order(plan: Plan) -> tuple[int, int, int]:
+        at_work = min(plan.blocks, together)
+        return -plan.warps * at_work, -at_work, plan.span * plan.pieces
+
+    return min(plans, key=order, default=None)
+
+
+def _clustered(
+    length: int, rank: int, items: int, shared_limit: int, dy_dtype: torch.dtype, maps: int, places: int
+) -> Plan | None:
+    """Choose how many blocks share a map: what takes least time by count, of what keeps to the memory."""
+    found = []
+    for cluster in _CLUSTERS if places else (1,):
+        plan = _fitting(_LARGER_MAPS, length, rank, items, shared_limit, dy_dtype, cluster=cluster)
+        if plan is None:
+            continue
+        # Clusters of 16 have a group of multiprocessors each to themselves.
+        at_once = max(int(places / (16.5 if cluster == 16 else cluster)), 1) if places else maps
+        noted = 4 * plan.workspace * min(at_once, maps)
+        fits = noted <= max(_NOTED * maps * length * _CHANNELS * 2, _NOTED_BYTES)
+        found.append((not fits, noted if not fits else 0, -(-maps // at_once) * (plan.pieces + _MAP_PIECES), plan))
+    return min(found, key=lambda entry: entry[:3])[3] if found else None
+
+
 @functools.cache
 def plan_backward(
     length: int,
@@ -167,18 +216,15 @@ def plan_backward(
         maps: blocks of 16 channels over all images.
         places: multiprocessors that can run clusters of blocks, none before capability 9.0.
     """
-    for cuts in (_LARGE_MAPS, _LARGER_MAPS) if length > _SMALL else (_SMALL_MAPS,):
-        cluster = 1
-        if cuts is _LARGER_MAPS:
-            while cluster < _LARGEST_CLUSTER and maps * cluster < _CLUSTERED * places:
-                cluster *= 2
-        held = (2, 1) if cuts is _SMALL_MAPS else (1,)  # the first that fits is taken
-        plans = [_fill_in(length, rank, items, dy_dtype, cut, cluster, n) for cut in cuts for n in held]
-        # Twelve warps were measured to win only where the sums of dt_weight lie in registers.
-        plans = [plan for plan in plans if not (plan.team and plan.stash and plan.warps * plan.blocks > 8)]
-        plans = [plan for plan in plans if plan.blocks * (plan.shared_bytes + 1024) <= shared_limit + 1024]
-        if plans:  # the most warps of a multiprocessor, then the fewest slots
-            return min(plans, key=lambda plan: (-plan.warps * plan.blocks, plan.span * plan.pieces))
+    if length > _SMALL:
+        cuts = _LARGE_MAPS + _EIGHT_WARPS * (length <= _EIGHT_WARPS_LARGEST)
+        plan = _fitting(cuts, length, rank, items, shared_limit, dy_dtype, maps, places)
+        plan = plan or _clustered(length, rank, items, shared_limit, dy_dtype, maps, places)
+    else:
+        plan = _fitting(_SMALL_MAPS, length, rank, items, shared_limit, dy_dtype)
+    if plan is not None:
+        return plan
+    cuts = _LARGER_MAPS if length > _SMALL else _SMALL_MAPS
     needed = min(_fill_in(length, rank, items, dy_dtype, cut).shared_bytes for cut in cuts)
     raise ValueError(
         f"the CUDA backward needs {needed} bytes of shared memory a block, and this GPU has {shared_limit}."

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from importlib import resources
-
 import torch
 from torch import Tensor
 
 from vmamba.ops import nvrtc
-from vmamba.ops.ss2d.cuda_plans import CHANNELS, Plan, Problem, find_device, plan_forward
+from vmamba.ops.cuda_source import read_source
+from vmamba.ops.ss2d.cuda_plans import Plan, find_launches, plan_forward
+from vmamba.ops.ss2d.cuda_problem import CHANNELS, Problem, find_device
+from vmamba.ops.ss2d.cuda_tiles import TilePlan
 
 MAX_RANK = 64
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ROUTES = {"cross2d": 1, "bidi": 0}  # whether the second and fourth routes read columns
-
-
-@functools.cache
-def read_source(*names: str) -> str:
-    """Concatenate files of the folder `cuda`; there are no includes."""
-    folder = resources.files(__package__).joinpath("cuda")
-    return "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in names)
 
 
 def why_not(
@@ -50,7 +43,7 @@ def why_not(
 
 
 def _too_large(height: int, width: int) -> str:
-    return f"the CUDA kernels merge on chip, where this GPU has no room for a map of {height} by {width}."
+    return f"the CUDA kernels step over rows by less than 2 GiB, and those of a map of {height} by {width} are longer."
 
 
 def _problem(x: Tensor, rank: int, height: int, width: int, routes: str, out_dtype: torch.dtype) -> Problem:
@@ -62,14 +55,14 @@ def _problem(x: Tensor, rank: int, height: int, width: int, routes: str, out_dty
 
 
 def forward_source(plan: Plan) -> str:
-    """Give the text of a plan's kernel."""
-    return read_source(*plan.files)
+    """Give the text of a plan's kernels."""
+    return read_source("vmamba.ops.ss2d", *plan.files)
 
 
 def forward_defines(
     rank: int, channels: int, dtype: torch.dtype, weight_dtype: torch.dtype, out_dtype: torch.dtype, plan: Plan
 ) -> tuple[nvrtc.Define, ...]:
-    """Give the compile-time parameters of a plan's kernel."""
+    """Give the compile-time parameters of a plan's kernels."""
     return (
         ("RANK", rank),
         ("BF16", int(dtype == torch.bfloat16)),
@@ -105,20 +98,29 @@ def forward(
     if y.numel() == 0:
         return y
     problem = _problem(x, dt_weight.shape[-1], height, width, routes, out_dtype)
-    plan = plan_forward(problem, find_device(x.get_device()))
+    device = find_device(x.get_device())
+    plan = plan_forward(problem, device)
     if plan is None:
         raise ValueError(_too_large(height, width))
     defines = forward_defines(problem.rank, channels, x.dtype, dt_weight.dtype, out_dtype, plan)
-    kernel = nvrtc.get_kernel(forward_source(plan), plan.kernel, defines, x.device)
-    tensors = [_aligned(t) for t in (x, projected, dt_weight, dt_bias, A, D)]
-    sizes = (batch, problem.height, problem.width, channels, int(problem.columns), *plan.geometry(problem))
-    kernel.launch(
-        (plan.grid(problem), 1, 1),
-        plan.threads,
-        [*tensors, y, *sizes],
-        shared_bytes=plan.shared_bytes(problem),
-        cluster=plan.cluster,
-    )
+    source = forward_source(plan)
+    x, projected, *weights = (_aligned(t) for t in (x, projected, dt_weight, dt_bias, A, D))
+    images, workspace = batch, []
+    if isinstance(plan, TilePlan):
+        images = plan.images_at_once(problem, device)
+        workspace = [x.new_empty(plan.workspace_floats(problem._replace(batch=images)), dtype=torch.float32)]
+    for start in range(0, batch, images):
+        part = problem._replace(batch=min(images, batch - start))
+        ours = slice(start, start + images)
+        sizes = (part.batch, part.height, part.width, channels, int(part.columns), *plan.geometry(part))
+        for launch in find_launches(plan, part):
+            nvrtc.get_kernel(source, launch.kernel, defines, x.device).launch(
+                (launch.blocks, 1, 1),
+                launch.threads,
+                [x[ours], projected[ours], *weights, y[ours], *workspace, *sizes],
+                shared_bytes=launch.shared_bytes,
+                cluster=launch.cluster,
+            )
     return y
 
 

@@ -1,4 +1,4 @@
-"""How a forward in CUDA is cut into blocks: one of three kernels, with its compile-time parameters and its memory."""
+"""How a forward in CUDA is cut into blocks: one of three ways, with its compile-time parameters and its memory."""
 
 from __future__ import annotations
 
@@ -6,51 +6,9 @@ import functools
 import math
 from typing import NamedTuple
 
-import torch
-
 from vmamba.ops import nvrtc
-
-CHANNELS = 16  # of a block
-_SLOT_BYTES = 64  # 16 float32 sums of a position
-_REST_BYTES = 16  # what a 16-bit result has no room for, 8 bits a sum
-
-
-class Device(NamedTuple):
-    """What a plan depends on: multiprocessors, shared memory of a block and of a multiprocessor, clusters or not."""
-
-    multiprocessors: int
-    block_shared: int
-    multiprocessor_shared: int
-    clusters: bool
-
-
-@functools.cache
-def find_device(index: int) -> Device:
-    """Read a device's properties."""
-    found = torch.cuda.get_device_properties(index)
-    return Device(
-        found.multi_processor_count,
-        found.shared_memory_per_block_optin,
-        found.shared_memory_per_multiprocessor,
-        found.major >= 9,
-    )
-
-
-class Problem(NamedTuple):
-    """What a plan is for: the map, R, groups of 16 channels, B, whether routes read columns, whether y is float32."""
-
-    height: int
-    width: int
-    rank: int
-    groups: int
-    batch: int
-    columns: bool = True
-    float32_result: bool = False
-
-    @property
-    def length(self) -> int:
-        """Positions of the map."""
-        return self.height * self.width
+from vmamba.ops.ss2d.cuda_problem import SLOT_BYTES, Device, Launch, Problem, round_up
+from vmamba.ops.ss2d.cuda_tiles import TilePlan, plan_tiles
 
 
 class Slots(NamedTuple):
@@ -69,10 +27,6 @@ def find_slots(height: int, width: int) -> Slots:
         return Slots(pitch, 1, height * pitch)
     pitch = height + height % 2
     return Slots(1, pitch, width * pitch)
-
-
-def _round_up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
 
 
 class TablePlan(NamedTuple):
@@ -140,11 +94,11 @@ class TablePlan(NamedTuple):
         """Shared memory for `struct Shared`."""
         warps = self.threads // 32
         fixed = 64 + warps * 2 * 2 * (4 * self.span) * 4 + warps * (64 + 8) + self.teams * (8 * self.warps + 8)
-        return _round_up(fixed, 128)
+        return round_up(fixed, 128)
 
     def shared_bytes(self, problem: Problem) -> int:
         """Dynamic shared memory of a block: what `struct Shared` holds, the float32 maps, staged projections."""
-        maps = self.teams * self.images * find_slots(problem.height, problem.width).total * _SLOT_BYTES
+        maps = self.teams * self.images * find_slots(problem.height, problem.width).total * SLOT_BYTES
         pitch = (8 * (problem.rank + 2) + 15) // 32 * 32 + 16
         rows = problem.length + 7 + (problem.length + 7) // 8 * 2
         return self.fixed_bytes() + maps + (self.images * rows * pitch if self.staged else 0)
@@ -212,90 +166,25 @@ class LinePlan(NamedTuple):
         pitch = problem.width | 1
         # Maps that share a warp start in different quarters of the banks, and in others than its spans of one map.
         shift = 64 if self.quad == 2 and self.span % 2 == 0 and problem.width > self.span else 32
-        return pitch, _round_up(problem.height * pitch * _SLOT_BYTES, 128) + shift
+        return pitch, round_up(problem.height * pitch * SLOT_BYTES, 128) + shift
 
     def fixed_bytes(self) -> int:
         """Shared memory for `struct Shared`."""
-        return _round_up(self.teams * (2 * self.warps * (64 + 8 + 4) + 8), 128)
+        return round_up(self.teams * (2 * self.warps * (64 + 8 + 4) + 8), 128)
 
     def shared_bytes(self, problem: Problem) -> int:
         """Dynamic shared memory of a block."""
         return self.fixed_bytes() + self.teams * self.quad * self.geometry(problem)[1]
 
 
-class ClusterPlan(NamedTuple):
-    """A forward by `forward_cluster.cu`, for maps larger than one block's shared memory.
-
-    Attributes:
-        span: Positions that a lane owns in a chunk, all on one line; even.
-        warps: Warps of a block that scan one route.
-        cluster: Blocks that share a map.
-        ragged: Whether a side of the map is no multiple of the span.
-        ahead: What is loaded one chunk ahead: 0 nothing, 1 projections, 2 the map too.
-        depth: Chunks that a warp has under way: with 2 it scans the next one before it adds up the sums of one.
-    """
-
-    span: int
-    warps: int
-    cluster: int
-    ragged: bool = False
-    ahead: int = 1
-    depth: int = 1
-
-    @property
-    def kernel(self) -> str:
-        """Name in the source."""
-        return "ss2d_forward_cluster"
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Files that make the source, in order."""
-        return "common.cuh", "forward_parts.cuh", "forward_cluster.cu"
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return 64 * (self.warps + 1)
-
-    def defines(self) -> tuple[nvrtc.Define, ...]:
-        """Give the compile-time parameters."""
-        return (
-            ("SPAN", self.span),
-            ("WARPS", self.warps),
-            ("CLUSTER", self.cluster),
-            ("RAGGED", int(self.ragged)),
-            ("AHEAD", self.ahead),
-            ("DEPTH", self.depth),
-        )
-
-    def grid(self, problem: Problem) -> int:
-        """Count the blocks."""
-        return problem.batch * problem.groups * self.cluster
-
-    def geometry(self, problem: Problem) -> tuple[int, ...]:
-        """Give the kernel's last argument: the positions of a block."""
-        spans = problem.height * -(-problem.width // self.span)
-        if problem.columns:
-            spans = max(spans, problem.width * -(-problem.height // self.span))
-        of_block = 4 * self.warps
-        return (-(-spans // (of_block * self.cluster)) * of_block * self.span,)
-
-    def fixed_bytes(self) -> int:
-        """Shared memory for `struct Shared`."""
-        chunks, blocks = self.depth * self.warps * (128 + 64), (self.depth + 1) * self.cluster * 128
-        return _round_up(2 * _round_up(chunks + blocks + 8 * (3 * self.depth + 1) + 4, 16), 128)
-
-    def shared_bytes(self, problem: Problem) -> int:
-        """Dynamic shared memory of a block."""
-        sums = self.fixed_bytes() + self.geometry(problem)[0] * _SLOT_BYTES
-        if problem.float32_result:
-            return sums
-        tiles = -(-problem.height // self.span) * (-(-problem.width // self.span) | 1)
-        # Tiles are set apart, so that neighbours begin in other banks.
-        return sums + -(-tiles // self.cluster) * (self.span**2 + 1) * _REST_BYTES
+Plan = TablePlan | LinePlan | TilePlan
 
 
-Plan = TablePlan | LinePlan | ClusterPlan
+def find_launches(plan: Plan, problem: Problem) -> tuple[Launch, ...]:
+    """Give the kernels that make a forward, in order."""
+    if isinstance(plan, TilePlan):
+        return plan.launches(problem)
+    return (Launch(plan.kernel, plan.grid(problem), plan.threads, plan.shared_bytes(problem), plan.cluster),)
 
 
 def _table_plan(problem: Problem, device: Device) -> TablePlan:
@@ -329,40 +218,19 @@ def _line_plan(problem: Problem) -> LinePlan | None:
 _LINE_PLANS = (
     (1, 64, 64, LinePlan(7, 1, quad=4, teams=2, blocks=3)),
     (65, 200, 6, LinePlan(7, 1, quad=2, teams=2, blocks=4, piped=True)),
-    (65, 400, 64, LinePlan(14, 1, quad=2, teams=2, blocks=3, ahead=0)),
-    (401, 1600, 12, LinePlan(14, 2, blocks=3, piped=True)),
+    (65, 400, 24, LinePlan(14, 1, quad=2, teams=2, blocks=3, ahead=0)),
+    (65, 400, 64, LinePlan(7, 1, quad=2, teams=2, blocks=4, ahead=0)),
+    (401, 1600, 16, LinePlan(14, 2, blocks=3, piped=True)),
     (401, 1600, 64, LinePlan(14, 2, blocks=3)),
     (1601, 10**9, 64, LinePlan(8, 8)),
 )
 
 
-def _cluster_plan(problem: Problem, device: Device) -> ClusterPlan | None:
-    """Give the cheapest span with the smallest cluster that holds the map and, if one does, fills the device."""
-    plans = []
-    for span in (10, 8, 6, 4, 2):
-        ragged = problem.width % span > 0 or (problem.columns and problem.height % span > 0)
-        # Only the largest clusters wait so long for their joiners that a second chunk under way pays.
-        fitting = [
-            ClusterPlan(span, 7, cluster, ragged, depth=2 if span == 4 and cluster == 16 else 1)
-            for cluster in (2, 4, 8, 16)
-        ]
-        fitting = [plan for plan in fitting if plan.shared_bytes(problem) <= device.block_shared]
-        filling = [plan for plan in fitting if plan.grid(problem) >= device.multiprocessors]
-        plans += filling[:1] or fitting[-1:]
-
-    def cost(plan: ClusterPlan) -> float:
-        # A position costs about so much more where spans are short, and where line ends are looked after.
-        short = 1.28 if plan.depth == 2 else 1 + 4 / plan.span
-        return plan.geometry(problem)[0] * plan.cluster * short * (1.1 if plan.ragged else 1)
-
-    return min(plans, key=cost, default=None)
-
-
 @functools.cache
 def plan_forward(problem: Problem, device: Device) -> Plan | None:
-    """Choose how to cut up a forward; None if no kernel holds the map."""
+    """Choose how to cut up a forward; None if no kernel takes the map."""
     table = _table_plan(problem, device)
     if table.shared_bytes(problem) > device.block_shared:
-        return _cluster_plan(problem, device) if device.clusters else None
+        return plan_tiles(problem, device)
     line = None if table.apart else _line_plan(problem)
     return line if line is not None and line.shared_bytes(problem) <= device.block_shared else table
