@@ -103,20 +103,20 @@ def profile(workload: Workload) -> None:
 
 
 def draw(path: Path) -> None:
-    """Draw the newest growth in a table: nanoseconds a pixel over the side of the image, a line a model."""
+    """Draw the newest rows of growth in a table: nanoseconds a pixel over the side of the image, a line a model."""
     with path.open(newline="") as stream:
         table = [row for row in csv.DictReader(stream) if row["figure"] == "growth"]
     if not table:
         raise SystemExit(f"{path} holds no rows of growth; measure them first: --figures growth")
-    newest = [row for row in table if row["commit"] == table[-1]["commit"]]
+    newest = {(row["model"], int(row["width"])): row for row in table}  # later rows take the place of earlier ones
     figure, axes = new_figure(4.2)
-    for name, marker in zip(dict.fromkeys(row["model"] for row in newest), "os^D", strict=False):
-        own = {int(row["width"]): row for row in newest if row["model"] == name}
+    for name, marker in zip(dict.fromkeys(name for name, _ in newest), "os^D", strict=False):
+        own = {side: row for (model, side), row in sorted(newest.items()) if model == name}
         pixels = [float(row["median_ms"]) * 1e6 / (int(row["batch_size"]) * side**2) for side, row in own.items()]
         axes.plot(list(own), pixels, marker=marker, label=name)
         print(f"{name:32}", *(f"{side}: {ns:.3f}" for side, ns in zip(own, pixels, strict=True)), "ns a pixel")
     axes.set(xlabel="side of the image, pixels", ylabel="nanoseconds a pixel", ylim=(0, None))
-    axes.set_xticks(sorted({int(row["width"]) for row in newest}))
+    axes.set_xticks(sorted({side for _, side in newest}))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     print(*save_figure(figure, FIGURE), sep="\n")
