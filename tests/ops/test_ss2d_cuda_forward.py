@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from scan_inputs import inputs
 
 from vmamba.ops import nvrtc
 from vmamba.ops.ss2d import cuda_kernels, cuda_plans
@@ -168,24 +169,6 @@ def test_compilation_is_cached_and_errors_carry_the_log(tmp_path, monkeypatch):
     assert nvrtc.compile_cubin(source, (9, 0), (("VALUE", 2),)) != b"from the cache"
     with pytest.raises(nvrtc.CompilationError, match=r"undefined"):
         nvrtc.compile_cubin(source, (9, 0))
-
-
-def inputs(batch, height, width, channels, rank, dtype, weight_dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    step = torch.exp(torch.rand((4, channels), generator=generator) * 4.6 - 6.9)
-    tensors = (
-        normal(batch, height * width, channels).to(dtype),
-        normal(batch, height * width, 4 * (rank + 2)).to(dtype),
-        (normal(4, channels, rank) * rank**-0.5).to(weight_dtype),
-        step + torch.log(-torch.expm1(-step)),
-        -torch.exp(0.3 * normal(4, channels, 1)),
-        1 + 0.1 * normal(4, channels),
-    )
-    return [tensor.cuda() for tensor in tensors]
 
 
 def reference(tensors, height, width, routes, dtype):

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from scan_inputs import inputs
 
 from vmamba.ops import nvrtc
 from vmamba.ops.ss2d import cuda_kernels
@@ -162,24 +163,6 @@ def test_sums_of_a_position_are_in_one_place_and_four_lines_in_different_banks(h
     for first, place, columns in itertools.product((0, 4), range(8), (False, True)):
         lanes = {address(first + t, place, columns, False, g) % 128 for t in range(4) for g in range(4)}
         assert len(lanes) == 16
-
-
-def inputs(batch, height, width, channels, rank, dtype, weight_dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    step = torch.exp(torch.rand((4, channels), generator=generator) * 4.6 - 6.9)
-    tensors = (
-        normal(batch, height * width, channels).to(dtype),
-        normal(batch, height * width, 4 * (rank + 2)).to(dtype),
-        (normal(4, channels, rank) * rank**-0.5).to(weight_dtype),
-        step + torch.log(-torch.expm1(-step)),
-        -torch.exp(0.3 * normal(4, channels, 1)),
-        1 + 0.1 * normal(4, channels),
-    )
-    return [tensor.cuda() for tensor in tensors]
 
 
 def exact_and_plain(tensors, height, width, routes):

@@ -34,6 +34,20 @@ _DEFAULT_SHARED_LIMIT = 48 * 1024
 _lock = threading.RLock()
 
 
+def aligned(tensor: torch.Tensor, multiple: int = 16) -> torch.Tensor:
+    """Make contiguous and, where a view starts off a multiple of the bytes that a kernel loads at once, copy."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % multiple == 0 else tensor.clone()
+
+
+def device_unfit(device: torch.device) -> str | None:
+    """Say why a GPU is too old for the CUDA kernels, or return None when it is not."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"the CUDA kernels need compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}."
+    return None
+
+
 class CompilationError(RuntimeError):
     """NVRTC rejected a source; the message carries its log."""
 

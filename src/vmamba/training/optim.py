@@ -95,19 +95,20 @@ class MovingAverage(ModelEmaV3):
     host milliseconds, while the device waits for it; here it is done once.
     """
 
-    _tensors: tuple[list[Tensor], list[Tensor]] | None = None
+    _floating: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+    _others: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         """Move the averages towards the parameters and buffers of the model, which must always be the same one."""
-        if self._tensors is None:
-            averages, values = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
-            self._tensors = averages, values
-        averages, values = self._tensors
-        moved = [pair for pair in zip(averages, values, strict=True) if pair[0].is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in moved], [v for _, v in moved], weight=1.0 - decay)
-        for average, value in zip(averages, values, strict=True):
-            if not average.is_floating_point():
-                average.copy_(value)
+        if self._floating is None:
+            tensors = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+            pairs = list(zip(*tensors, strict=True))
+            averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+            self._floating = averages, values
+            self._others = tuple(pair for pair in pairs if not pair[0].is_floating_point())
+        torch._foreach_lerp_(*self._floating, weight=1.0 - decay)
+        for average, value in self._others:
+            average.copy_(value)
 
 
 def make_ema(model: nn.Module, options: OptimizerOptions) -> MovingAverage | None:

@@ -102,15 +102,7 @@ def why_not_map(x: Tensor) -> str | None:
         return f"the CUDA kernels take an even number of channels, and x has {x.shape[-1]}."
     if not x.is_cuda:
         return f"the CUDA kernels need CUDA tensors, and x is on {x.device}."
-    capability = torch.cuda.get_device_capability(x.device)
-    if capability < (8, 0):
-        return f"the CUDA kernels need compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}."
-    return None
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 4 == 0 else tensor.clone()
+    return nvrtc.device_unfit(x.device)
 
 
 def _launch(
@@ -132,7 +124,7 @@ def _launch(
     strips, tiles = -(-width // plan.columns), -(-height // plan.rows)
     sizes = _Map(height, width, plan.rows, strips, tiles, batch * strips * tiles)
     partial = out.new_empty(plan.grid, (_TAPS + 1) * channels, dtype=torch.float32) if backward else None
-    arguments: list[nvrtc.Argument] = [*map(_aligned, maps), weight.contiguous(), bias, out]
+    arguments: list[nvrtc.Argument] = [*(nvrtc.aligned(t, 4) for t in maps), weight.contiguous(), bias, out]
     arguments += [partial, sizes] if backward else [sizes]
     kernel.launch((plan.grid * -(-channels // _CHANNELS), 1, 1), plan.threads, arguments)
     return partial

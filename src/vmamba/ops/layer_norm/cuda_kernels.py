@@ -58,10 +58,7 @@ def why_not(dy: Tensor, skip: Tensor | None, x: Tensor) -> str | None:
         return f"the CUDA kernel takes a multiple of {_UNIT} channels up to {_WIDEST}, and x has {x.shape[-1]}."
     if not x.is_cuda:
         return f"the CUDA kernel needs CUDA tensors, and x is on {x.device}."
-    capability = torch.cuda.get_device_capability(x.device)
-    if capability < (8, 0):
-        return f"the CUDA kernel needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}."
-    return None
+    return nvrtc.device_unfit(x.device)
 
 
 def source() -> str:
@@ -82,10 +79,6 @@ def backward_defines(channels: int, dtype: torch.dtype, skip: bool, plan: Plan) 
     )
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 def backward(
     dy: Tensor, skip: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,8 +93,8 @@ def backward(
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     blocks = min(-(-M // (_FEWEST * (_THREADS // plan.lanes))), processors * plan.blocks)
     partial = torch.empty(blocks, 2, D, dtype=torch.float32, device=x.device)
-    dy, x = _aligned(dy), _aligned(x)
-    skip = None if skip is None else _aligned(skip)
-    main.launch((blocks, 1, 1), _THREADS, [dy, skip, x, mean, rstd, gamma.float(), dx, partial, M])
+    skip = None if skip is None else nvrtc.aligned(skip)
+    arguments = [nvrtc.aligned(dy), skip, nvrtc.aligned(x), mean, rstd, gamma.float(), dx, partial, M]
+    main.launch((blocks, 1, 1), _THREADS, arguments)
     sums.launch((-(-2 * D // _SUM_COLUMNS), 1, 1), _SUM_THREADS, [partial, dgamma, dbeta, blocks])
     return dx, dgamma, dbeta

@@ -49,8 +49,8 @@ def why_not(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_softplus: bool
         return f"the CUDA backward is for 2 to {shared.MAX_STATES} states a channel, and A has {states}."
     if length * max(channels // groups, 2 * states) >= 2**30:
         return f"the CUDA backward takes fewer than 2**30 values of a sequence, and u has {length} of {channels}."
-    if torch.cuda.get_device_capability(u.device) < (8, 0):
-        return "the CUDA backward needs compute capability 8.0."
+    if (unfit := nvrtc.device_unfit(u.device)) is not None:
+        return unfit
     if torch.are_deterministic_algorithms_enabled():
         return "the CUDA backward adds in no fixed order, and deterministic algorithms are asked for."
     if not find_images(batch, groups, length, channels // groups, states):

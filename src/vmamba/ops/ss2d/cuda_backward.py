@@ -19,6 +19,7 @@ _ROUTES = {"cross2d": (1, 1), "bidi": (0, 1), "unidi": (0, 0)}  # the second lay
 _CHANNELS = 16  # of a warp's tile
 _SMALL = 256  # maps of so many positions are one warp's work
 _LARGEST = 2**26  # positions
+_Cut = tuple[int, int, int, bool, int]
 # Span, warps a block, blocks a multiprocessor; whether the merged map lies in the workspace; chunks staged at once.
 # Twelve warps have 168 registers a thread, eight or fewer 255. A cut of most warps that fits is taken.
 _LARGE_MAPS = ((4, 4, 3, False, 1), (7, 4, 2, False, 2), (8, 4, 2, False, 2), (8, 4, 1, False, 2))
@@ -33,9 +34,6 @@ _NOTED, _NOTED_BYTES = 0.65, 48 * 2**20
 _KEPT = 16  # ranks whose sums over positions a lane has registers for
 _THREADS = 256  # of the blocks that prepare and finish
 _PREPARE_BLOCKS = 1056  # a full wave on the largest GPUs; they stride over what there is to do
-
-
-_Cut = tuple[int, int, int, bool, int]  # a row of the tables above
 
 
 class Plan(NamedTuple):
@@ -134,7 +132,7 @@ def _fill_in(
     rank: int,
     items: int,
     dy_dtype: torch.dtype,
-    cut: tuple[int, int, int, bool, int],
+    cut: _Cut,
     cluster: int = 1,
     held: int = 1,
 ) -> Plan:
@@ -264,12 +262,6 @@ def backward_defines(
     )
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """Make contiguous and, where a view starts off a 16-byte boundary, copy."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -337,7 +329,9 @@ def backward(
     workspace = torch.empty(teams * plan.workspace, dtype=torch.float32, device=x.device)
     ordered = torch.are_deterministic_algorithms_enabled()
     turns = torch.empty(1 + ordered * (2 * blocks + batch * 2 * chunks), dtype=torch.int32, device=x.device)
-    dy, x, projected, dt_weight, dt_bias, A, D = (_aligned(t) for t in (dy, x, projected, dt_weight, dt_bias, A, D))
+    dy, x, projected, dt_weight, dt_bias, A, D = (
+        nvrtc.aligned(t) for t in (dy, x, projected, dt_weight, dt_bias, A, D)
+    )
 
     cleared = (merged, weights, exact, turns)
     preparation = _Preparation(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -33,9 +35,8 @@ def why_not(
         return f"the CUDA kernels read the routes {' and '.join(map(repr, _ROUTES))}, not {routes!r}."
     if dt_weight.shape[-1] > MAX_RANK:
         return f"the CUDA kernels take a rank of at most {MAX_RANK}, and dt_weight has {dt_weight.shape[-1]}."
-    capability = torch.cuda.get_device_capability(x.device)
-    if capability < (8, 0):
-        return f"the CUDA kernels need compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}."
+    if (unfit := nvrtc.device_unfit(x.device)) is not None:
+        return unfit
     problem = _problem(x, dt_weight.shape[-1], height, width, routes, x.dtype)
     if plan_forward(problem, find_device(x.get_device())) is None:
         return _too_large(height, width)
@@ -73,12 +74,6 @@ def forward_defines(
     )
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """Make contiguous and, where a view starts off the 16 bytes that wide loads need, copy."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 def forward(
     x: Tensor,
     projected: Tensor,
@@ -93,7 +88,7 @@ def forward(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Compute the merged map (B, L, E) in `out_dtype`; see `vmamba.ops.ss2d_scan` for the arguments."""
-    batch, _, channels = x.shape
+    channels = x.shape[2]
     y = x.new_empty(x.shape, dtype=out_dtype)
     if y.numel() == 0:
         return y
@@ -104,20 +99,21 @@ def forward(
         raise ValueError(_too_large(height, width))
     defines = forward_defines(problem.rank, channels, x.dtype, dt_weight.dtype, out_dtype, plan)
     source = forward_source(plan)
-    x, projected, *weights = (_aligned(t) for t in (x, projected, dt_weight, dt_bias, A, D))
-    images, workspace = batch, []
+    x, projected, *weights = (nvrtc.aligned(t) for t in (x, projected, dt_weight, dt_bias, A, D))
+    parts: Iterable[tuple[Tensor, ...]] = ((x, projected, y),)
+    workspace = []
     if isinstance(plan, TilePlan):
         images = plan.images_at_once(problem, device)
         workspace = [x.new_empty(plan.workspace_floats(problem._replace(batch=images)), dtype=torch.float32)]
-    for start in range(0, batch, images):
-        part = problem._replace(batch=min(images, batch - start))
-        ours = slice(start, start + images)
+        parts = zip(*(t.split(images) for t in (x, projected, y)), strict=True)
+    for some_x, some_projected, some_y in parts:
+        part = problem._replace(batch=len(some_x))
         sizes = (part.batch, part.height, part.width, channels, int(part.columns), *plan.geometry(part))
         for launch in find_launches(plan, part):
             nvrtc.get_kernel(source, launch.kernel, defines, x.device).launch(
                 (launch.blocks, 1, 1),
                 launch.threads,
-                [x[ours], projected[ours], *weights, y[ours], *workspace, *sizes],
+                [some_x, some_projected, *weights, some_y, *workspace, *sizes],
                 shared_bytes=launch.shared_bytes,
                 cluster=launch.cluster,
             )

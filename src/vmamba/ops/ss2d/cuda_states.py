@@ -87,8 +87,8 @@ def why_not(x: Tensor, projected: Tensor, dt_weight: Tensor, A: Tensor, routes: 
         return f"the CUDA backward takes a rank of at most {MAX_RANK}, and dt_weight has {rank}."
     if length * max(channels, projected.shape[-1]) >= 2**31:
         return f"the CUDA backward takes fewer than 2**31 values of an image, and x has {length} by {channels}."
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "the CUDA backward needs compute capability 8.0."
+    if (unfit := nvrtc.device_unfit(x.device)) is not None:
+        return unfit
     if torch.are_deterministic_algorithms_enabled():
         return "the CUDA backward adds in no fixed order, and deterministic algorithms are asked for."
     if find_cut(batch, length, channels, rank, states) is None:
