@@ -7,6 +7,7 @@ optimiser, schedule and augmentation; a `Task` brings model, data and loss. What
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 import signal
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from vmamba.data.reading import LoaderError, is_worker_failure, worker_failure
 from vmamba.training.checkpointing import seed_update
@@ -31,7 +32,7 @@ from vmamba.training.guards import (
 from vmamba.training.pictures import draw_curves
 from vmamba.training.processes import finish, lost_process, model_state, optimizer_state, release
 from vmamba.training.recipe import RunOptions
-from vmamba.training.run import Measured, Run, memory_advice, prepare
+from vmamba.training.run import Launched, Measured, Run, memory_advice, prepare
 from vmamba.training.run_folder import RunFolder
 from vmamba.training.task import Report, Step, Task
 
@@ -137,6 +138,7 @@ def _train_epoch(run: Run) -> None:
         every = recipe.checkpoints.every
         due = bool(every) and position.updates % every == 0 and not ended
         if position.step % recipe.log_every == 0 or ended or due or run.guard.stop:
+            _finish_update(run, measured)
             measured.settle()
             _log_step(run, measured.norm)
         if run.guard.stop:
@@ -150,34 +152,45 @@ def _update(run: Run, batches: list[Any], measured: Measured) -> None:
     run.watch.beat(f"computing update {run.position.updates + 1}")
     run.schedule.step_update(run.position.updates)
     steps = [_forward_backward(run, batch, len(batches), batch is batches[-1]) for batch in batches]
+    # The device has work for a while: the time to look at what came of the update before.
+    _finish_update(run, measured)
     # Without a limit this only measures: the gradients are then multiplied by 1.
     limit = run.recipe.optimizer.clip_grad or float("inf")
     norm = run.accelerator.clip_grad_norm_(run.model.parameters(), limit)
-    losses = torch.stack([step.loss.detach() for step in steps])
+    losses = torch.stack([step.loss for step in steps])
     good, damaged = (float(sum(counts)) for counts in zip(*((len(b), len(b.damaged)) for b in batches), strict=True))
-    bad_loss, bad_norm = ~torch.isfinite(losses).all(), ~torch.isfinite(norm)
-    totals = run.together.adding([bad_loss, bad_norm], [good, damaged, *run.guard.flags()])
+    bad = [~torch.isfinite(losses).all(), ~torch.isfinite(norm)]
+    totals = run.together.adding(bad, [good, damaged, *run.guard.flags()])
+    run.launched = Launched(run.position.updates, batches, steps, losses, norm, totals)
     if run.skips_itself:
-        # The device is still computing gradients: what is launched now costs no time later, when it waits for work.
         assert totals.on_device is not None
         run.optimizer.optimizer.found_inf = (totals.on_device[:2] > 0).any().float()
         run.optimizer.step()
-    counts = totals.read()
+    if not run.reads_later:
+        _finish_update(run, measured)
+    run.optimizer.zero_grad()
+
+
+def _finish_update(run: Run, measured: Measured) -> None:
+    """Read what came of the update that was launched last, if that is still to be done, and finish it."""
+    launched, run.launched = run.launched, None
+    if launched is None:
+        return
+    counts = launched.totals.read()
     run.position.read += int(counts[2] + counts[3])
     run.position.damaged += int(counts[3])
     run.guard.agree(counts[4:])
     if counts[3]:
-        _note_damaged(run, [line for batch in batches for line in batch.damaged])
+        _note_damaged(run, [line for batch in launched.batches for line in batch.damaged])
     if counts[0] or counts[1]:
-        _skip(run, batches, measured, losses, norm, somewhere=bool(counts[0]), here=bool(bad_loss))
-    else:
-        if not run.skips_itself:
-            run.optimizer.step()
-        run.position.skipped = 0
-        if run.ema:
-            run.ema.update(run.bare_model, step=run.position.updates + 1)
-        measured.add(batches, steps, norm)
-    run.optimizer.zero_grad()
+        _skip(run, launched, measured, somewhere=bool(counts[0]))
+        return
+    if not run.skips_itself:
+        run.optimizer.step()
+    run.position.skipped = 0
+    if run.ema:
+        run.ema.update(run.bare_model, step=launched.number + 1)
+    measured.add(launched.batches, launched.steps, launched.norm)
 
 
 def _forward_backward(run: Run, batch: Any, parts: int, last: bool) -> Step:
@@ -187,29 +200,17 @@ def _forward_backward(run: Run, batch: Any, parts: int, last: bool) -> Step:
         run.accelerator.backward(step.loss / parts if len(batch) else step.loss * 0)
     if last and run.average:
         run.average()
-    return step
+    return Step(step.loss.detach(), step.sums)
 
 
-def _skip(
-    run: Run,
-    batches: list[Any],
-    measured: Measured,
-    losses: Tensor,
-    norm: Tensor,
-    *,
-    somewhere: bool,
-    here: bool,
-) -> None:
+def _skip(run: Run, launched: Launched, measured: Measured, *, somewhere: bool) -> None:
     """Leave the weights as they are, in all processes; write down why, and give up after a while.
 
     Args:
         run: The run.
-        batches: What the update was to be made from.
+        launched: The update, which all processes give up.
         measured: What was measured in this epoch.
-        losses: Loss of each.
-        norm: Norm of the gradient.
         somewhere: Whether the loss of any process is not finite.
-        here: Whether that of this one is not.
     """
     position, scaler = run.position, run.accelerator.scaler
     scale = scaler.get_scale() if scaler is not None else 1.0
@@ -218,19 +219,21 @@ def _skip(
         if not somewhere and scale > 1:
             return  # half precision finding its scale
     position.skipped += 1
+    losses = launched.losses.tolist()
     record = {
         "kind": "skipped",
         "epoch": position.epoch + 1,
-        "step": position.updates + 1,
-        "losses": [str(float(loss)) for loss in losses],
-        "gradient_norm": str(float(norm)),
+        "step": launched.number + 1,
+        "losses": [str(loss) for loss in losses],
+        "gradient_norm": str(float(launched.norm)),
         "scale": scale,
         "seed": run.recipe.seed,
         "rank": run.together.rank,
         "processes": run.together.processes,
-        "images": [name for batch in batches for name in batch.names],
+        "images": [name for batch in launched.batches for name in batch.names],
     }
-    dumps = _dump(run, record, batches, culprit=here or not somewhere)
+    culprit = not somewhere or not all(map(math.isfinite, losses))
+    dumps = _dump(run, record, launched, culprit=culprit)
     _on_main_record(run, {**record, "images": len(record["images"]), "dumps": dumps})
     message = f"the loss or gradient of update {record['step']} is not finite"
     run.progress.note(f"{message}; nothing was changed by it; see {', '.join(dumps) or run.folder.skipped}")
@@ -244,12 +247,12 @@ def _skip(
         )
 
 
-def _dump(run: Run, record: dict[str, Any], batches: list[Any], *, culprit: bool) -> list[str]:
-    name = f"update-{run.position.updates:010d}-process-{run.together.rank}"
+def _dump(run: Run, record: dict[str, Any], launched: Launched, *, culprit: bool) -> list[str]:
+    name = f"update-{launched.number:010d}-process-{run.together.rank}"
     weights = model_state(run.model, everywhere=True)
 
     def write() -> str:
-        path = dump_update(run.folder.skipped, name, record, batches, weights) if culprit else None
+        path = dump_update(run.folder.skipped, name, record, launched.batches, weights) if culprit else None
         return str(path or "")
 
     return [path for path in run.together.collected([run.together.everywhere(write)]) if path]

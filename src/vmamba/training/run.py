@@ -7,7 +7,8 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from vmamba.data.reading import Share
-from vmamba.training.agreement import Agreement
+from vmamba.training.agreement import Agreement, Totals
 from vmamba.training.averaging import GradientAverage
 from vmamba.training.checkpointing import CheckpointFolder, Position, read_checkpoint_folder, seed_update
 from vmamba.training.guards import InterruptGuard, StallWatch, TrainingFailedError, smaller_batch
@@ -25,6 +26,26 @@ from vmamba.training.progress import LiveProgress
 from vmamba.training.recipe import RunOptions
 from vmamba.training.run_folder import RunFolder, new_run_folder, resumed_folder
 from vmamba.training.task import Step, Task, TaskLoader
+
+
+class Launched(NamedTuple):
+    """An update that the device has been given, and whose outcome is still to be read.
+
+    Attributes:
+        number: Updates before it.
+        batches: What it was made from, in parts.
+        steps: What each of them gave, without gradient.
+        losses: Loss of each.
+        norm: Norm of the gradient.
+        totals: Of all processes: bad losses, bad gradients, images that count, damaged ones, signals.
+    """
+
+    number: int
+    batches: list[Any]
+    steps: list[Step]
+    losses: Tensor
+    norm: Tensor
+    totals: Totals
 
 
 @dataclass
@@ -50,6 +71,7 @@ class Run:
     unreported: list[str] = field(default_factory=list)
     spare: nn.Module | None = None  # to evaluate with, where the trained model is divided among processes
     average: GradientAverage | None = None  # of the gradients, where accelerate does not do it
+    launched: Launched | None = None  # what the loop has still to look at
     settled: int = 0  # updates this process has completed, after which memory no longer grows
 
     @property
@@ -62,11 +84,20 @@ class Run:
         """The model without what accelerate and torch.compile have put around it."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    @property
+    @cached_property
     def skips_itself(self) -> bool:
         """Whether the optimiser's kernel leaves everything as it is where its `found_inf`, on the device, is 1."""
         fused = bool(self.optimizer.optimizer.defaults.get("fused"))
         return fused and self.accelerator.scaler is None and self.recipe.parallel != "fsdp"
+
+    @cached_property
+    def reads_later(self) -> bool:
+        """Whether the outcome of an update is read while the device computes the next, which thus never waits.
+
+        The moving average is then of weights after that update and of buffers after the next forward pass: there must
+        be no buffers.
+        """
+        return self.skips_itself and next(self.bare_model.buffers(), None) is None
 
 
 class Measured:
@@ -76,46 +107,60 @@ class Measured:
         self._run = run
         self._sums: dict[str, Tensor] = {}
         self._seen = 0
-        self._began = self._last = time.perf_counter()
-        self._waited = 0.0
+        self._last = time.perf_counter()
+        self._waits: list[tuple[Any, Any]] = []
         self.norm = 0.0
         self._norm: Tensor | None = None
 
     def waiting_for(self, stream: Iterator[list[Any]]) -> Iterator[list[Any]]:
-        """Pass batches on, and take the time until they come."""
+        """Pass batches on, and take the time until they come; on a GPU, only of that in which it has nothing to do."""
         while True:
             self._run.watch.beat("waiting for images")
-            before = time.perf_counter()
+            before = self._moment()
             batches = next(stream, None)
-            self._waited += time.perf_counter() - before
             if batches is None:
                 return
+            self._waits.append((before, self._moment()))
             yield batches
+
+    def _moment(self) -> float | torch.cuda.Event:
+        """Return now, or when a GPU will be done with what it has been given."""
+        if self._run.together.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def add(self, batches: list[Any], steps: list[Step], norm: Tensor) -> None:
         """Take in what an update gave, without waiting for the device."""
         for batch, (loss, sums) in zip(batches, steps, strict=True):
-            for name, value in {"loss": loss.detach().double() * len(batch), **sums}.items():
+            for name, value in {"loss": loss.double() * len(batch), **sums}.items():
                 self._sums[name] = self._sums.get(name, 0) + value
             self._seen += len(batch)
         self._norm = norm
 
     def settle(self) -> None:
         """Add what was measured in all processes to the position; waits for the device."""
-        now = time.perf_counter()
         names = self._run.together.collected(sorted(self._sums))
         names = sorted(set(names))
         zero = torch.zeros((), device=self._run.together.device)
         totals = self._run.together.totals([self._sums.get(name, zero) for name in names], [float(self._seen)])
-        position = self._run.position
+        now, position = time.perf_counter(), self._run.position
         for name, total in zip(names, totals, strict=False):
             position.sums[name] = position.sums.get(name, 0.0) + total
         position.seen += int(totals[-1])
         position.seconds += now - self._last
-        position.waited += self._waited
+        position.waited += sum(_seconds(*wait) for wait in self._waits)
         if self._norm is not None:
             self.norm = float(self._norm)
-        self._sums, self._seen, self._waited, self._last = {}, 0, 0.0, now
+        self._sums, self._seen, self._waits, self._last = {}, 0, [], now
+
+
+def _seconds(before: Any, after: Any) -> float:
+    if not isinstance(before, torch.cuda.Event):
+        return after - before
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3
 
 
 def prepare(
