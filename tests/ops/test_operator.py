@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmamba.ops import ss2d_scan
@@ -85,11 +86,51 @@ def test_fake_tensors_and_the_compiler_see_it() -> None:
     assert any("vmamba.ss2d_scan" in target for target in targets)
 
 
-def test_a_second_derivative_is_refused() -> None:
+NO_SUCH_DERIVATIVE = "neither second derivatives nor derivatives in forward mode.*backend='reference'"
+
+
+def test_a_second_derivative_is_refused_and_not_left_out() -> None:
     tensors = inputs()
     (grad,) = torch.autograd.grad(scan(tensors).square().sum(), tensors[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    for wanted in (tensors[:1], tensors[1:]):  # each alone: none of them is reached without the scan
+        with pytest.raises(RuntimeError, match=NO_SUCH_DERIVATIVE):
+            torch.autograd.grad(grad.sum(), wanted, allow_unused=True, retain_graph=True)
+    vector = torch.ones_like(tensors[0])
+    with pytest.raises(RuntimeError, match=NO_SUCH_DERIVATIVE):
+        torch.autograd.functional.hvp(lambda x: scan([x, *tensors[1:]]).square().sum(), tensors[0], vector)
+    with pytest.raises(RuntimeError, match=NO_SUCH_DERIVATIVE):
+        torch.func.grad(lambda x: torch.func.grad(lambda t: scan([t, *tensors[1:]]).sum())(x).sum())(tensors[0])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own forward mode uses it
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_refused_and_not_left_out(requires_grad: bool) -> None:
+    x, *others = inputs(requires_grad)
+    tangent = torch.ones_like(x)
+    with pytest.raises(RuntimeError, match=NO_SUCH_DERIVATIVE):
+        torch.func.jvp(lambda x: scan([x, *others]), (x,), (tangent,))
+    with forward_ad.dual_level():
+        scan([x, *others])
+        with pytest.raises(RuntimeError, match=NO_SUCH_DERIVATIVE):
+            scan([forward_ad.make_dual(x, tangent), *others])
+
+
+def test_functional_transforms() -> None:
+    tensors = inputs()
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return scan(list(tensors)).square().sum()
+
+    expected = torch.autograd.grad(loss(*tensors), tensors)
+    everything = tuple(range(6))
+    for one, other in zip(expected, torch.func.grad(loss, everything)(*tensors), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    samples = [torch.stack([t, 2 * t], dim=1).detach() for t in tensors[:2]]
+    by_sample = torch.func.vmap(torch.func.grad(loss, everything), in_dims=(1, 1, None, None, None, None))
+    for i in range(2):
+        alone = torch.func.grad(loss, everything)(samples[0][:, i], samples[1][:, i], *tensors[2:])
+        for one, other in zip(alone, by_sample(*samples, *tensors[2:]), strict=True):
+            torch.testing.assert_close(one, other[i], rtol=0, atol=0)
 
 
 def test_without_a_backward_a_gradient_is_refused() -> None:

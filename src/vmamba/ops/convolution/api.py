@@ -107,7 +107,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -
     return x.new_empty(x.shape)
 
 
-@operator("vmamba::depthwise_silu_backward")
+@operator("vmamba::depthwise_silu_backward", gives_gradients=True)
 def _depthwise_silu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int
 ) -> tuple[Tensor, Tensor]:

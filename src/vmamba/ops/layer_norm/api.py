@@ -174,7 +174,7 @@ class _SkipNorm(torch.autograd.Function):
         return _differentiate(ctx, dy, skip)
 
 
-@operator("vmamba::layer_norm_backward")
+@operator("vmamba::layer_norm_backward", gives_gradients=True)
 def _backward(
     dy: Tensor, skip: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,7 +77,7 @@ def _(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@operator("vmamba::mlp_backward")
+@operator("vmamba::mlp_backward", gives_gradients=True)
 def _mlp_backward(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = _rows(x)
     from vmamba.ops.mlp import triton_kernels

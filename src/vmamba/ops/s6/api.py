@@ -110,7 +110,7 @@ def _(u: Tensor, *_: Any) -> Tensor:
     return u.new_empty(u.shape, dtype=state_dtype(u.dtype))
 
 
-@operator("vmamba::selective_scan_backward")
+@operator("vmamba::selective_scan_backward", gives_gradients=True)
 def _selective_scan_backward(
     dy: Tensor,
     u: Tensor,

@@ -156,7 +156,7 @@ def _(
     return x.new_empty(x.shape, dtype=out_dtype)
 
 
-@operator("vmamba::ss2d_scan_backward")
+@operator("vmamba::ss2d_scan_backward", gives_gradients=True)
 def _ss2d_scan_backward(
     dy: Tensor,
     x: Tensor,

@@ -76,7 +76,7 @@ def _(x: Tensor, filters: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps
     return x.new_empty(B, (H + 1) // 2, (W + 1) // 2, filters.shape[1])
 
 
-@operator("vmamba::stem_first_layer_backward")
+@operator("vmamba::stem_first_layer_backward", gives_gradients=True)
 def _first_layer_backward(
     dy: Tensor, x: Tensor, filters: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
