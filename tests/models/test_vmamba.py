@@ -210,3 +210,48 @@ def test_weight_decay_spares_time_scales_and_skip_weights() -> None:
     spared = VMamba(VMambaConfig(depths=(1,), dims=(8,), pos_embed=True)).no_weight_decay()
     block = "layers.0.blocks.0.op."
     assert spared == {"pos_embed", block + "A_logs", block + "Ds", block + "dt_projs_bias"}
+
+
+HOOKS = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+)
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # of the stem: images have no gradients
+def test_every_module_that_takes_part_calls_its_hooks(kind: str) -> None:
+    model, called = tiny(), set()
+    containers = {"layers", "classifier"}
+    wanted = {name for name, _ in model.named_modules() if name not in containers and not name.endswith("gate_act")}
+    for name, module in model.named_modules():
+        getattr(module, kind)(lambda *_, name=name: called.add(name))
+    model(image()).sum().backward()
+    assert called == wanted
+
+
+def test_a_hook_changes_what_a_norm_gives() -> None:
+    model = tiny().eval()
+    block = model.layers[0].blocks[0]
+    for norm in (block.norm, block.op.out_norm, block.norm2):
+        before, hook = model(image()), norm.register_forward_hook(lambda module, args, y: 0 * y)
+        assert not torch.allclose(model(image()), before, rtol=1e-3)
+        hook.remove()
+        assert torch.equal(model(image()), before)
+
+
+def test_gradients_of_each_image_with_torch_func() -> None:
+    model, images = tiny().eval(), image(32, 40)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights: dict, image: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, images)
+    for i, one in enumerate(images):
+        model.zero_grad()
+        model(one[None]).square().sum().backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(gradients[name][i], p.grad, rtol=1e-4, atol=1e-5)

@@ -30,17 +30,11 @@ class LayerNorm(nn.LayerNorm):
 
     keep_float32 = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise (..., C)."""
-        cast = _autocast_dtype(x)
-        if cast is None:
-            return layer_norm(x, self.weight, self.bias, self.eps, x.dtype)
-        narrow = cast == torch.bfloat16 and not self.keep_float32
-        return layer_norm(x, self.weight, self.bias, self.eps, torch.bfloat16 if narrow else torch.float32)
-
-    def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Normalise (..., C) in float32 and round once to `dtype`."""
-        return layer_norm(x, self.weight, self.bias, self.eps, dtype)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Normalise (..., C), rounded once to `dtype` if one is asked for."""
+        if dtype is None and (dtype := _autocast_dtype(x)) is not None:
+            dtype = torch.bfloat16 if dtype == torch.bfloat16 and not self.keep_float32 else torch.float32
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype or x.dtype)
 
     def with_skip(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return x for the residual and its norm in the dtype that products run in; see `skip_norm`."""
@@ -101,7 +95,7 @@ def convolve_activate(x: Tensor, conv: nn.Module | None, act: nn.Module) -> Tens
     if conv is None:
         return act(x)
     known = isinstance(conv, DepthwiseConv2d) and conv.kernel_size == (3, 3) and type(act) is nn.SiLU
-    if known and takes_depthwise(x) and not _have_hooks((conv, act)):
+    if known and takes_depthwise(x) and not have_hooks((conv, act)):
         weight: Any = conv.weight
         return depthwise_silu(x, weight.squeeze(1), conv.bias)  # type: ignore[arg-type]
     y: Tensor = act(conv(x))
@@ -164,7 +158,7 @@ class Mlp(nn.Module):
             not self.gated
             and tuple(type(part) for part in parts) == (nn.Linear, nn.GELU, nn.Linear)
             and isinstance(self.drop, nn.Identity)
-            and not _have_hooks(parts)
+            and not have_hooks(parts)
         )
 
 
@@ -209,12 +203,12 @@ def _is_first_layer(layers: Sequence[Any]) -> bool:
     conv = layers[0]
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     known = ((3, 3), (2, 2), (1, 1), (1, 1), 1, "zeros")
-    return geometry == known and conv.bias is not None and not _have_hooks(layers)
+    return geometry == known and conv.bias is not None and not have_hooks(layers)
 
 
-def _have_hooks(modules: Iterable[nn.Module]) -> bool:
+def have_hooks(modules: Iterable[nn.Module]) -> bool:
     """Whether somebody listens to modules, who would hear nothing where one kernel does their work."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
 def make_stem(

@@ -106,7 +106,7 @@ class SS2D(nn.Module):
         x = convolve_activate(x, self.conv2d, self.act)
         y = self._cascade(x) if self.routes == "cascade2d" else self._scan(x)
         norm = self.out_norm
-        y = self.out_act(norm.rounded(y, x.dtype) if isinstance(norm, LayerNorm) else norm(y).to(x.dtype))
+        y = self.out_act(norm(y, x.dtype) if isinstance(norm, LayerNorm) else norm(y).to(x.dtype))
         if z is not None:
             y = y * z
         return self.dropout(self.out_proj(y))

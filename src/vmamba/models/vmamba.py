@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vmamba.models.config import VMambaConfig
 from vmamba.models.hub import HubMixin
-from vmamba.models.layers import DropPath, LayerNorm, Mlp, make_downsample, make_norm, make_stem
+from vmamba.models.layers import DropPath, LayerNorm, Mlp, have_hooks, make_downsample, make_norm, make_stem
 from vmamba.models.ss2d import SS2D
 
 
@@ -66,7 +66,8 @@ class VSSBlock(nn.Module):
     def _branch(self, op: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
         if self.post_norm:
             return x + self.drop_path(norm(op(x)))
-        x, normed = norm.with_skip(x) if isinstance(norm, LayerNorm) else (x, norm(x))
+        plain = isinstance(norm, LayerNorm) and not have_hooks((norm,))
+        x, normed = norm.with_skip(x) if plain else (x, norm(x))
         return x + self.drop_path(op(normed))
 
 
@@ -179,7 +180,8 @@ class VMamba(nn.Module, HubMixin):
     def _stem(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"images must be (B, {self.in_chans}, H, W); got shape {tuple(x.shape)}")
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        # Channels-last storage; asked for as a memory format it is unknown to torch.func.vmap.
+        x = self.patch_embed(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
         if self.pos_embed is not None:
             position: Tensor = self.pos_embed
             if position.shape[2:] != x.shape[1:3]:
