@@ -179,6 +179,12 @@ def test_mistakes_are_explained(s6_inputs):
         selective_scan(u.long(), delta, A, B, C)
     with pytest.raises(TypeError, match="D must be a tensor, got float"):
         selective_scan(u, delta, A, B, C, 1.0)
+    with pytest.raises(TypeError, match="C must be a tensor, got NoneType"):
+        selective_scan(u, delta, A, B, None)
+    with pytest.raises(ValueError, match=r"there must be a position and a state; u is \(2, 6, 0\), A \(6, 2\)"):
+        selective_scan(u[..., :0], delta[..., :0], A, B[..., :0], C[..., :0])
+    with pytest.raises(ValueError, match=r"6 channels, which B's 0 groups do not divide"):
+        selective_scan(u, delta, A, B[:, :0], C[:, :0])
     with pytest.raises(ValueError, match="delta is on meta, u on cpu"):
         selective_scan(u, delta.to("meta"), A, B, C)
     with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'chunked', 'reference', got 'fast'"):

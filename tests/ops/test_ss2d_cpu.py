@@ -181,3 +181,12 @@ def test_what_it_does_not_take_is_said(ss2d_inputs):
         ss2d_scan(*ss2d_inputs(1, 2, 2, 3, 1, 1), height=2, width=2, backend="cpu")
     meta = torch.empty(1, 4, 3, device="meta")
     assert "needs tensors on the CPU, and x is on meta" in cpu_kernels.why_not(meta, meta, meta, meta, "cross2d", 2, 2)
+
+
+def test_the_default_device_plays_no_part(ss2d_inputs):
+    inputs = ss2d_inputs(2, 5, 3, 11, 1, 2, dtype=torch.float32)
+    expected = ss2d_scan(*inputs, height=5, width=3, backend="cpu")
+    cpu_kernels._positions.cache_clear()
+    with torch.device("meta"):
+        y = ss2d_scan(*inputs, height=5, width=3, backend="cpu")
+    assert torch.equal(y, expected)

@@ -194,6 +194,15 @@ def test_mistakes_are_explained(ss2d_inputs):
         call(routes="diagonal")
     with pytest.raises(TypeError, match=r"out_dtype must be a floating-point dtype, got torch.int8"):
         call(out_dtype=torch.int8)
+    with pytest.raises(TypeError, match="out_dtype must be a floating-point dtype, got 'float32'"):
+        call(out_dtype="float32")
+    with pytest.raises(TypeError, match="projected must be a tensor, got NoneType"):
+        call(1, None)
+    with pytest.raises(ValueError, match=r"x has no channels; its shape is \(2, 12, 0\)"):
+        call(0, inputs[0][..., :0])
+    for backend in ("cpu", "chunked"):  # the operator itself, as a traced program calls it at another size
+        with pytest.raises(ValueError, match="x has 12 positions, which is not height·width = 3·5"):
+            torch.ops.vmamba.ss2d_scan(*inputs, 3, 5, "cross2d", True, torch.float32, backend)
     with pytest.raises(TypeError, match="A must be a floating-point tensor"):
         call(4, inputs[4].long())
     with pytest.raises(ValueError, match="ss2d_scan: backend must be one of"):

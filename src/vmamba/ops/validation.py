@@ -22,12 +22,16 @@ def check_shape(op: str, name: str, tensor: Tensor, letters: str, sizes: Mapping
         raise ValueError(f"{op}: {name} must be ({legend}) = {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
-def check_kind(op: str, tensors: Mapping[str, Tensor | None]) -> None:
-    """Raise unless every tensor is floating point (`TypeError`) and on the device of the first (`ValueError`)."""
+def check_kind(op: str, tensors: Mapping[str, Tensor], optional: Mapping[str, Tensor | None] | None = None) -> None:
+    """Raise unless every tensor is floating point (`TypeError`) and on the device of the first (`ValueError`).
+
+    Args:
+        op: The public function, for the message.
+        tensors: The arguments by name.
+        optional: Those that may be None.
+    """
     first, device = None, None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
+    for name, tensor in (*tensors.items(), *((n, t) for n, t in (optional or {}).items() if t is not None)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():

@@ -51,7 +51,7 @@ def selective_scan(
         TypeError: For tensors that are not floating point.
     """
     check_backend(_NAME, backend)
-    check_kind(_NAME, {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias})
+    check_kind(_NAME, {"u": u, "delta": delta, "A": A, "B": B, "C": C}, {"D": D, "delta_bias": delta_bias})
     if B.dim() == 3 and C.dim() == 3:
         B, C = B.unsqueeze(1), C.unsqueeze(1)
     _check_shapes(u, delta, A, B, C, D, delta_bias)
@@ -74,8 +74,10 @@ def _check_shapes(
     for name, tensor, dims, shape in (("u", u, 3, "(B, K·E, L)"), ("A", A, 2, "(K·E, N)"), ("B", B, 4, "(B, K, N, L)")):
         if tensor.dim() != dims:
             raise ValueError(f"{_NAME}: {name} must be {shape}, got shape {tuple(tensor.shape)}")
+    if u.shape[2] < 1 or A.shape[1] < 1:
+        raise ValueError(f"{_NAME}: there must be a position and a state; u is {tuple(u.shape)}, A {tuple(A.shape)}")
     sizes = {"B": u.shape[0], "K·E": u.shape[1], "L": u.shape[2], "K": B.shape[1], "N": A.shape[1]}
-    if sizes["K·E"] % sizes["K"]:
+    if sizes["K"] < 1 or sizes["K·E"] % sizes["K"]:
         raise ValueError(f"{_NAME}: u has {u.shape[1]} channels, which B's {B.shape[1]} groups do not divide")
     check_shape(_NAME, "delta", delta, "B K·E L", sizes)
     check_shape(_NAME, "A", A, "K·E N", sizes)

@@ -39,7 +39,7 @@ def keep_freed_memory() -> None:
     again costs more than the scan. Releasing a block just below 32 MB, untouched, raises the thresholds for good
     (M_MMAP_THRESHOLD in mallopt(3)); other allocators are not affected.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 def chunk_grid(length: int) -> tuple[int, int]:

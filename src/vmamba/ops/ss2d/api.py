@@ -60,10 +60,10 @@ def ss2d_scan(
     check_backend(_NAME, backend)
     named = {"x": x, "projected": projected, "dt_weight": dt_weight, "dt_bias": dt_bias, "A": A, "D": D}
     check_kind(_NAME, named)
+    if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):
+        raise TypeError(f"{_NAME}: out_dtype must be a floating-point dtype, got {out_dtype!r}")
     _check_shapes(x, projected, dt_weight, dt_bias, A, D, height, width, routes)
     check_flip_back(routes, flip_back)
-    if out_dtype is not None and not out_dtype.is_floating_point:
-        raise TypeError(f"{_NAME}: out_dtype must be a floating-point dtype, got {out_dtype}")
 
     common = torch.promote_types(x.dtype, projected.dtype)
     x, projected, state = x.to(common), projected.to(common), state_dtype(common)
@@ -103,6 +103,8 @@ def _check_shapes(
         if tensor.dim() != 3:
             raise ValueError(f"{_NAME}: {name} must be {shape}, got shape {tuple(tensor.shape)}")
     batch, length, channels = x.shape
+    if channels < 1:
+        raise ValueError(f"{_NAME}: x has no channels; its shape is {tuple(x.shape)}")
     K, N, R = len(get_routes(routes)), A.shape[2], dt_weight.shape[2]
     if height < 1 or width < 1 or length != height * width:
         raise ValueError(f"{_NAME}: x has {length} positions, which is not height·width = {height}·{width}")
@@ -129,6 +131,8 @@ def _ss2d_scan(
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
+    if x.shape[1] != height * width:  # a program of torch.jit.trace brings maps of other sizes past the checks
+        raise ValueError(f"{_NAME}: x has {x.shape[1]} positions, which is not height·width = {height}·{width}")
     # The choice is made in here, where tensors are real: a traced or exported program then runs on any device.
     implementation = select_backend(_NAME, backend, (x, projected, dt_weight, A, routes, height, width))
     with torch.autocast(x.device.type, enabled=False):

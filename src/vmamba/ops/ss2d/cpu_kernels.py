@@ -152,7 +152,7 @@ def _positions(routes: str, height: int, width: int, flip_back: bool) -> tuple[T
     """Tabulate the position that each route reads at each step, and the one it adds to: (K, L) int64 each."""
     pattern = get_routes(routes)
     back = pattern if flip_back else without_flip_back(pattern)
-    order, added = (torch.stack([route_index(r, height, width) for r in rs]) for rs in (pattern, back))
+    order, added = (torch.stack([route_index(r, height, width, "cpu") for r in rs]) for rs in (pattern, back))
     return order, added
 
 
@@ -170,7 +170,8 @@ def forward(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Compute `ss2d_scan`."""
-    y = torch.empty(x.shape, dtype=torch.float32)
+    # Here and below the device is named: the default one may be another, and the kernel takes addresses.
+    y = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     if y.numel():
         K, E, N = A.shape
         R, lanes = dt_weight.shape[2], float_lanes()
@@ -181,7 +182,7 @@ def forward(
         tasks = x.shape[0] * groups
         # All of torch's threads even if some have nothing to do: OpenMP runtimes end the threads a smaller team leaves.
         threads = torch.get_num_threads() if tasks > 1 else 1
-        scratch = torch.empty(threads, R + N, lanes, dtype=torch.float32)
+        scratch = torch.empty(threads, R + N, lanes, dtype=torch.float32, device="cpu")
         numbers = (tasks, groups, K, R, x.shape[1], E, projected.shape[2], sequences, steps, (R + N) * lanes)
         kernel = forward_kernel(N, E % lanes != 0, lanes)
         kernel.run([*numbers, *tensors, y, order, back, scratch], threads)
