@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from reference_data import needs_shared, read_json
 
@@ -85,6 +86,21 @@ def test_names_are_found_again_from_the_architecture() -> None:
         (lambda: VMambaConfig(d_conv=4), "odd"),
         (lambda: VMambaConfig(drop_path_rate=1.0), "probability"),
         (lambda: VMambaConfig(dt_rank=0), "positive integer"),
+        (lambda: VMambaConfig(num_classes="10"), "num_classes must be a whole number; got '10'"),
+        (lambda: VMambaConfig(d_state=1.5), "d_state must be a whole number; got 1.5"),
+        (lambda: VMambaConfig(drop_rate="0.1"), "drop_rate must be a number; got '0.1'"),
+        (lambda: VMambaConfig(gated="no"), "gated must be True or False; got 'no'"),
+        (lambda: VMambaConfig(dt_rank=2.0), "dt_rank must be a whole number; got 2.0"),
+        (lambda: VMambaConfig(dt_min=0), "dt_min must be positive and at most dt_max; got 0 and 0.1"),
+        (lambda: VMambaConfig(dt_min=0.2), "dt_min must be positive and at most dt_max; got 0.2 and 0.1"),
+        (lambda: VMambaConfig(img_size=(64,)), "img_size must be a side or (height, width), at least 1; got (64,)"),
+        (lambda: VMambaConfig(img_size=64.0), "img_size must be a whole number; got 64.0"),
+        (lambda: VMambaConfig(img_size=2, pos_embed=True), "at least 4; got 2"),
+        (lambda: VMambaConfig(global_pool=""), "the head for 1000 classes cannot take; give num_classes=0"),
+        (lambda: get_config("vmamba_test", depths=2), "depths must be whole numbers"),
+        (lambda: VMamba(get_config("vmamba_test"), mlp_ratio=0.01), "leaves none for the MLP"),
+        (lambda: VMamba(get_config("vmamba_test"), backend="fast"), "backend must be one of 'auto', 'cuda', 'triton'"),
+        (lambda: vmamba.create_model("vmamba_test", backend="cpu", sequential_routes=True), "'triton', 'chunked'"),
         (lambda: VMambaConfig(patch_size=2), "at least 4"),
         (lambda: VMambaConfig.from_official(ssm_dstate=1), "did you mean 'ssm_d_state'"),
         (lambda: VMambaConfig.from_official(norm_layer="gn"), "ln, ln2d, bn"),
@@ -134,3 +150,18 @@ def test_a_wrong_forward_type_is_told_part_by_part(forward_type: str, words: lis
         VMambaConfig.from_official(forward_type=forward_type)
     for word in words:
         assert word in str(error.value)
+
+
+def test_what_names_no_model_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="named by a string or given as a VMambaConfig; got NoneType"):
+        vmamba.create_model(None)
+
+
+def test_numbers_of_numpy_become_pythons_own() -> None:
+    config = VMambaConfig(
+        num_classes=np.int64(7), drop_rate=np.float32(0.5), dt_rank=np.int32(2), img_size=np.int64(64)
+    )
+    assert VMambaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    model = VMamba(get_config("vmamba_test"))
+    model.reset_classifier(np.int64(7))
+    assert type(model.num_classes) is type(model.config.num_classes) is int

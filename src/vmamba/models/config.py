@@ -103,12 +103,18 @@ class VMambaConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type in _KINDS:
+                object.__setattr__(self, field.name, _plain(field.name, field.type, getattr(self, field.name)))
         depths, dims = _integers("depths", self.depths), self.dims
         dims = tuple(dims * 2**i for i in range(len(depths))) if isinstance(dims, int) else _integers("dims", dims)
         object.__setattr__(self, "depths", depths)
         object.__setattr__(self, "dims", dims)
-        if isinstance(self.img_size, list):
-            object.__setattr__(self, "img_size", tuple(self.img_size))
+        sides = (self.img_size,) if not isinstance(self.img_size, Sequence) else self.img_size
+        sides = tuple(_plain("img_size", int, side) for side in sides)
+        object.__setattr__(self, "img_size", sides[0] if not isinstance(self.img_size, Sequence) else sides)
+        if self.dt_rank != "auto":
+            object.__setattr__(self, "dt_rank", _plain("dt_rank", int, self.dt_rank))
         self._validate(depths, dims)
 
     def _validate(self, depths: tuple[int, ...], dims: tuple[int, ...]) -> None:
@@ -123,8 +129,19 @@ class VMambaConfig:
                 raise ValueError(
                     f"{field.name} must be one of {', '.join(map(repr, get_args(field.type)))}; got {value!r}"
                 )
-        if self.dt_rank != "auto" and not (isinstance(self.dt_rank, int) and self.dt_rank >= 1):
+        if self.dt_rank != "auto" and self.dt_rank < 1:
             raise ValueError(f"dt_rank must be 'auto' or a positive integer; got {self.dt_rank!r}")
+        sides = (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+        least = self.patch_size if self.pos_embed else 1
+        if len(sides) != 2 or min(sides) < least:
+            raise ValueError(f"img_size must be a side or (height, width), at least {least}; got {self.img_size!r}")
+        if not 0 < self.dt_min <= self.dt_max:
+            raise ValueError(f"dt_min must be positive and at most dt_max; got {self.dt_min} and {self.dt_max}")
+        if self.num_classes and not self.global_pool:
+            raise ValueError(
+                f"global_pool='' leaves the map unpooled, which the head for {self.num_classes} classes cannot take; "
+                "give num_classes=0 with it"
+            )
         for name, least in (("d_state", 1), ("num_classes", 0), ("in_chans", 1), ("patch_size", 1), ("d_conv", 0)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
@@ -165,7 +182,8 @@ class VMambaConfig:
     def replace(self, **changes: Any) -> "VMambaConfig":
         """Return a copy with some fields changed; an unknown name is a ValueError that tells the nearest one."""
         reject_unknown(changes, self.field_names(), "a VMambaConfig")
-        if "depths" in changes and "dims" not in changes and len(changes["depths"]) != len(self.depths):
+        depths = _integers("depths", changes.get("depths", self.depths))
+        if "dims" not in changes and len(depths) != len(self.depths):
             changes = {**changes, "dims": self.stage_dims[0]}
         return dataclasses.replace(self, **changes)
 
@@ -192,6 +210,23 @@ class VMambaConfig:
 def resolve_dt_rank(dt_rank: int | Literal["auto"], dim: int) -> int:
     """Return R for a block of width `dim`: "auto" is ceil(dim / 16)."""
     return -(-dim // 16) if dt_rank == "auto" else int(dt_rank)
+
+
+_KINDS: Mapping[Any, str] = {int: "a whole number", float: "a number", bool: "True or False"}
+
+
+def _plain(name: str, kind: Any, value: Any) -> Any:
+    """Bring a value, such as NumPy's, to Python's own kind, which goes into files."""
+    try:
+        if kind is int:
+            return int(operator.index(value))
+        if kind is bool and value in (False, True):
+            return bool(value)
+        if kind is float and not isinstance(value, str):
+            return value if isinstance(value, int) else float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{name} must be {_KINDS[kind]}; got {value!r}")
 
 
 def _integers(name: str, values: Any) -> tuple[int, ...]:
@@ -255,6 +290,8 @@ def get_config(name: str, **overrides: Any) -> VMambaConfig:
     Raises:
         ValueError: the name or a field is unknown; the message tells the nearest one.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"a model is named by a string or given as a VMambaConfig; got {type(name).__name__}")
     if name in _OWN:
         return _OWN[name].replace(**overrides)
     published = published_info(name)

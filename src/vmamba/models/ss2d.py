@@ -10,6 +10,7 @@ from vmamba.models.config import Activation, OutNorm, resolve_dt_rank
 from vmamba.models.initialization import init_dt_A_D
 from vmamba.models.layers import ACTIVATIONS, DepthwiseConv2d, LayerNorm, SpatialSoftmax, convolve_activate
 from vmamba.ops import cross_merge, cross_scan, selective_scan, ss2d_scan
+from vmamba.ops.capabilities import check_backend
 
 
 class SS2D(nn.Module):
@@ -70,6 +71,7 @@ class SS2D(nn.Module):
         rank = resolve_dt_rank(dt_rank, d_model)
         if sequential_routes and routes == "cascade2d":
             raise ValueError("sequential_routes scans four whole-map routes; it does not go with routes='cascade2d'")
+        check_backend("selective_scan" if sequential_routes else "ss2d_scan", backend)
         self.d_model, self.d_inner, self.d_state, self.dt_rank = d_model, d_inner, d_state, rank
         self.gated, self.routes, self.backend = gated, routes, backend
         self.sequential_routes, self.force_fp32 = sequential_routes, force_fp32
@@ -158,7 +160,7 @@ class SS2D(nn.Module):
         y = x
         for routes, k in (("rows", slice(0, 2)), ("columns", slice(2, 4))):
             y = F.layer_norm(y, (E,)).to(x.dtype)
-            projected = F.linear(y, self.x_proj_weight[k].flatten(0, 1)).view(B, H * W, -1)
+            projected = F.linear(y, self.x_proj_weight[k].flatten(0, 1)).flatten(1, 2)
             # As published: the reversed half is added without being flipped back.
             y = self._fused(y.reshape(B, H * W, E), projected, k, H, W, routes, flip_back=False)
         return y
