@@ -104,9 +104,13 @@ def test_wrapped_models_are_written_and_filled_as_the_model_inside(tmp_path):
     assert read_checkpoint(tmp_path / "w.safetensors").config == SMALL
 
 
-def test_saving_keeps_the_classes_of_a_replaced_head(tmp_path):
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_saving_keeps_the_classes_of_a_replaced_head(by_hand, tmp_path):
     source = small_model()
-    source.reset_classifier(3)
+    if by_hand:
+        source.classifier.head = torch.nn.Linear(source.num_features, 3)
+    else:
+        source.reset_classifier(3)
     save_checkpoint(source, tmp_path / "w.safetensors")
     model, _ = load_model(tmp_path / "w.safetensors")
     assert model(torch.rand(1, 3, 32, 32)).shape == (1, 3)

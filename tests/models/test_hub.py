@@ -101,3 +101,8 @@ def test_backbone_of_transformers():
     maps = backbone(torch.randn(2, 3, 64, 96)).feature_maps
     assert [tuple(m.shape) for m in maps] == [(2, 12, 8, 12), (2, 24, 2, 3)]
     assert backbone.channels == [12, 24]
+
+
+def test_what_is_no_folder_and_no_repository():
+    with pytest.raises(CheckpointError, match="there is no folder '/no/such', nor can a repository be called so"):
+        VMamba.from_pretrained("/no/such")

@@ -122,7 +122,7 @@ def test_grad_checkpointing_is_reached_through_timm() -> None:
     model = timm.create_model("vmamba_test")
     model.set_grad_checkpointing()
     assert model.grad_checkpointing
-    assert all(stage.grad_checkpointing for stage in model.stages())
+    assert all(stage.blocks.grad_checkpointing for stage in model.stages())
 
 
 @pytest.mark.slow
@@ -131,3 +131,12 @@ def test_upernet_of_segmentation_models_pytorch_takes_the_backbone() -> None:
     net = smp.UPerNet("tu-vmamba_tiny", encoder_weights=None, classes=5).eval()
     with torch.inference_mode():
         assert net(torch.randn(1, 3, 64, 96)).shape == (1, 5, 64, 96)
+
+
+def test_a_checkpoint_goes_into_a_feature_extractor(tmp_path) -> None:
+    source, images = vmamba.create_model("vmamba_test", num_classes=3).eval(), torch.randn(1, 3, 64, 64)
+    vmamba.save_checkpoint(source, tmp_path / "w.safetensors")
+    options = {"features_only": True, "out_indices": (0, 2), "checkpoint_path": str(tmp_path / "w.safetensors")}
+    maps = vmamba.create_model("vmamba_test", **options).eval()(images)
+    expected = source.forward_intermediates(images, indices=(0, 2), intermediates_only=True)
+    assert all(torch.equal(one, other) for one, other in zip(maps, expected, strict=True))

@@ -259,9 +259,13 @@ def save_checkpoint(
         "vmamba_version": __version__,
         "metadata": json.dumps(dict(metadata or {})),
     }
+    tensors = model.state_dict() if state_dict is None else state_dict
     if isinstance(config := getattr(model, "config", None), VMambaConfig):
+        head = tensors.get(f"{CLASSIFIER}head.weight")
+        if head is not None:  # another layer may have been put in its place
+            config = config.replace(num_classes=head.shape[0])
         header["config"] = json.dumps(config.to_dict())
-    write_safetensors(model.state_dict() if state_dict is None else state_dict, path, header)
+    write_safetensors(tensors, path, header)
 
 
 def export_official(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -181,7 +181,9 @@ class Plan:
         if other or (strict and (missing or unexpected)) or not common:
             raise CheckpointError(self._explain(missing, unexpected, other))
         if any(t.device.type == "meta" for t in self.wanted.values()):
-            raise CheckpointError(f"cannot load '{here}': the model is on the meta device; call model.to_empty() first")
+            raise CheckpointError(
+                f"cannot load '{here}': the model is on the meta device; call its to_empty(device=…) first"
+            )
         for name in common:
             target, tensor = self.wanted[name], available[name]
             if target.is_floating_point() != tensor.is_floating_point():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from typing_extensions import Self
 
 if TYPE_CHECKING:
@@ -91,20 +92,23 @@ class HubMixin(ModelHubMixin):
         Raises:
             CheckpointError: The weights cannot be read or do not fit.
         """
-        from vmamba.models.checkpoint import infer_config, load_checkpoint, read_checkpoint
+        from vmamba.models.checkpoint import CheckpointError, infer_config, load_checkpoint, read_checkpoint
 
         name = os.fspath(pretrained_model_name_or_path)
         file = os.path.join(name, WEIGHTS)
         if not os.path.isdir(name):
-            file = hf_hub_download(
-                name,
-                WEIGHTS,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
+            try:
+                file = hf_hub_download(
+                    name,
+                    WEIGHTS,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+            except HFValidationError:
+                raise CheckpointError(f"there is no folder '{name}', nor can a repository be called so") from None
         checkpoint = read_checkpoint(file)
         config = (checkpoint.config or infer_config(checkpoint.state_dict)).replace(**overrides)
         model = cls(config)

@@ -36,6 +36,10 @@ def create_model(
         model = VMamba(name, **overrides)
     else:
         get_config(name)  # an unknown name is told here, before timm wraps it
+        if checkpoint_path and overrides.get("features_only"):  # before timm takes the model apart
+            file = {"file": checkpoint_path, "custom_load": True}
+            extractor: VMamba = _build(name, True, pretrained_cfg_overlay=file, **overrides)
+            return extractor
         model = _build(name, pretrained, **overrides)
     if checkpoint_path:
         from vmamba.models.checkpoint import load_checkpoint
