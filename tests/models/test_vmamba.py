@@ -1,11 +1,13 @@
 """The model as a module: sizes, options, precision, compilation, gradient checkpointing."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import vmamba
-from vmamba.models import SS2D, VMamba, VMambaConfig, get_config
+from vmamba.models import SS2D, VMamba, VMambaBackbone, VMambaConfig, get_config
 
 
 def tiny(**overrides: object) -> VMamba:
@@ -212,6 +214,18 @@ def test_weight_decay_spares_time_scales_and_skip_weights() -> None:
     assert spared == {"pos_embed", block + "A_logs", block + "Ds", block + "dt_projs_bias"}
 
 
+def test_copies_and_assigned_weights_are_spared_too() -> None:
+    model = tiny()
+    spared = model.no_weight_decay()
+    assert copy.deepcopy(model).no_weight_decay() == spared
+    with torch.device("meta"):
+        empty = tiny()
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert empty.no_weight_decay() == spared
+    nn.utils.parametrize.register_parametrization(model.layers[0].blocks[0].op, "A_logs", nn.Identity())
+    assert model.no_weight_decay() - spared == {"layers.0.blocks.0.op.parametrizations.A_logs.original"}
+
+
 HOOKS = (
     "register_forward_hook",
     "register_forward_pre_hook",
@@ -255,3 +269,76 @@ def test_gradients_of_each_image_with_torch_func() -> None:
         model(one[None]).square().sum().backward()
         for name, p in model.named_parameters():
             torch.testing.assert_close(gradients[name][i], p.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_default_dtype_of_float64_is_that_of_every_parameter() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert {p.dtype for p in tiny().parameters()} == {torch.float64}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_default_device_plays_no_part() -> None:
+    model, images = tiny().eval(), image(40, 32)
+    expected = model(images)
+    with torch.device("meta"):
+        assert torch.equal(model(images), expected)
+
+
+@pytest.mark.parametrize("routes", ["cross2d", "cascade2d"])
+def test_an_empty_batch_gives_no_logits(routes: str) -> None:
+    model = tiny(routes=routes)
+    logits = model(image(batch=0))
+    logits.sum().backward()
+    assert logits.shape == (0, 10)
+
+
+def test_a_fresh_head_is_in_the_mode_of_the_model_and_a_refused_one_changes_nothing() -> None:
+    model = tiny().eval()
+    model.reset_classifier(3)
+    assert not model.get_classifier().training
+    config = model.config
+    for classes, pool in ((5, "max"), (5, ""), (2.5, None)):
+        with pytest.raises(ValueError, match=r"."):
+            model.reset_classifier(classes, pool)
+    assert (model.config, model.num_classes, model.global_pool) == (config, 3, "avg")
+
+
+@pytest.mark.parametrize("indices", [0, 5, -1, 1.5, "a", [], [4], [0.5]])
+def test_stages_that_are_not_there_are_refused(indices: object) -> None:
+    with pytest.raises(ValueError, match=r"stages -4 to 3 \(or be a count from 1 to 4\); got"):
+        tiny().forward_intermediates(image(), indices=indices)
+
+
+def test_what_is_left_after_pruning_still_runs() -> None:
+    model, images = tiny().eval(), image()
+    whole = model.forward_intermediates(images, intermediates_only=True)
+    assert model.prune_intermediate_layers([1]) == [1]
+    last, maps = model.forward_intermediates(images, indices=1)
+    assert torch.equal(maps[0], whole[1])
+    assert torch.equal(last, whole[1])
+    model.reset_classifier(5, "avg")
+    logits = model(images)
+    assert logits.shape == (2, 5)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_maps_of_a_backbone_through_the_methods_of_a_model() -> None:
+    model, images = VMambaBackbone(get_config("vmamba_test"), out_indices=(0, 3)).eval(), image()
+    maps = model(images)
+    assert torch.equal(model.forward_features(images), maps[1])
+    last, raw = model.forward_intermediates(images)
+    assert torch.equal(last, maps[1])
+    assert [y.shape[1] for y in raw] == [8, 12, 16, 24]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_feature_info_names_the_modules_that_give_the_maps(checkpointing: bool) -> None:
+    model, seen = tiny(), []
+    model.set_grad_checkpointing(checkpointing)
+    for info in model.feature_info:
+        model.get_submodule(info["module"]).register_forward_hook(lambda module, args, y: seen.append(y))
+    maps = model.forward_intermediates(image(), intermediates_only=True)
+    assert all(torch.equal(y.permute(0, 3, 1, 2), m) for y, m in zip(seen, maps, strict=True))

@@ -4,7 +4,10 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+# Parameters of SS2D that weight decay should spare: it would pull the time scales and the skip weights to one value.
+WITHOUT_DECAY = ("A_logs", "Ds", "dt_projs_bias")
 
 
 def dt_init(
@@ -47,15 +50,16 @@ def A_log_init(d_state: int, d_inner: int, copies: int = 1) -> nn.Parameter:
     """Return log(1..d_state) for every channel and route, so that A = -exp(A_log) is S4D's real initialisation.
 
     Returns:
-        Parameter (copies · d_inner, d_state), float32.
+        Parameter (copies · d_inner, d_state), float32, or float64 where that is torch's default dtype.
     """
-    A = torch.arange(1, d_state + 1, dtype=torch.float32).repeat(copies * d_inner, 1)
-    return _without_decay(torch.log(A))
+    at_least = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    A = torch.arange(1, d_state + 1, dtype=at_least).repeat(copies * d_inner, 1)
+    return nn.Parameter(torch.log(A))
 
 
 def D_init(d_inner: int, copies: int = 1) -> nn.Parameter:
-    """Return the skip weights, all one: Parameter (copies · d_inner), float32."""
-    return _without_decay(torch.ones(copies * d_inner))
+    """Return the skip weights, all one: Parameter (copies · d_inner)."""
+    return nn.Parameter(torch.ones(copies * d_inner))
 
 
 def init_dt_A_D(
@@ -98,17 +102,11 @@ def init_dt_A_D(
     elif scheme == "random":
         weight = 0.1 * torch.randn(k_group, d_inner, dt_rank)
         bias = 0.1 * torch.randn(k_group, d_inner)
-        A_logs = _without_decay(torch.randn(k_group * d_inner, d_state))
+        A_logs = nn.Parameter(torch.randn(k_group * d_inner, d_state))
     elif scheme == "zero":
         weight = 0.1 * torch.rand(k_group, d_inner, dt_rank)
         bias = 0.1 * torch.rand(k_group, d_inner)
-        A_logs = _without_decay(torch.zeros(k_group * d_inner, d_state))
+        A_logs = nn.Parameter(torch.zeros(k_group * d_inner, d_state))
     else:
         raise ValueError(f"scheme must be 'mamba', 'random' or 'zero'; got {scheme!r}")
-    return A_logs, D_init(d_inner, copies=k_group), nn.Parameter(weight), _without_decay(bias)
-
-
-def _without_decay(value: Tensor) -> nn.Parameter:
-    parameter = nn.Parameter(value)
-    parameter._no_weight_decay = True  # type: ignore[attr-defined]  # decay would pull the time scales to one value
-    return parameter
+    return A_logs, D_init(d_inner, copies=k_group), nn.Parameter(weight), nn.Parameter(bias)

@@ -4,7 +4,8 @@ Maps are channels-last, (B, H, W, D), inside; images and returned features are (
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vmamba.models.config import VMambaConfig
 from vmamba.models.hub import HubMixin
+from vmamba.models.initialization import WITHOUT_DECAY
 from vmamba.models.layers import DropPath, LayerNorm, Mlp, have_hooks, make_downsample, make_norm, make_stem
 from vmamba.models.ss2d import SS2D
 
@@ -53,6 +55,10 @@ class VSSBlock(nn.Module):
         if config.mlp_ratio > 0:
             self.norm2 = make_norm(config.norm_layer, dim)
             hidden = int(dim * config.mlp_ratio)
+            if hidden < 1:
+                raise ValueError(
+                    f"mlp_ratio {config.mlp_ratio} of {dim} channels leaves none for the MLP; raise one of them"
+                )
             self.mlp = Mlp(dim, hidden, config.mlp_act, config.mlp_drop_rate, gated=config.gated_mlp)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,26 +77,30 @@ class VSSBlock(nn.Module):
         return x + self.drop_path(op(normed))
 
 
+class Blocks(nn.Sequential):
+    """The blocks of a stage; under gradient checkpointing their insides are computed again in the backward pass."""
+
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, D) to (B, H, W, D)."""
+        for block in self:
+            recompute = self.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return x
+
+
 class Stage(nn.Module):
     """Blocks at one resolution, and the downsampling to the next."""
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = Blocks(*blocks)
         self.downsample = downsample
-        self.grad_checkpointing = False
-
-    def forward_blocks(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, D) through the blocks; under gradient checkpointing their insides are recomputed."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            for block in self.blocks:
-                x = checkpoint(block, x, use_reentrant=False)
-            return x
-        return self.blocks(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, D) to the next stage's input."""
-        return self.downsample(self.forward_blocks(x))
+        return self.downsample(self.blocks(x))
 
 
 class Head(nn.Module):
@@ -143,7 +153,7 @@ class VMamba(nn.Module, HubMixin):
 
         strides = [config.patch_size * (1 if config.downsample == "none" else 2**i) for i in range(len(dims))]
         self.feature_info = [
-            {"num_chs": dim, "reduction": stride, "module": f"layers.{i}"}
+            {"num_chs": dim, "reduction": stride, "module": f"layers.{i}.blocks"}
             for i, (dim, stride) in enumerate(zip(dims, strides, strict=True))
         ]
         if config.residual_in_fp32:
@@ -169,7 +179,11 @@ class VMamba(nn.Module, HubMixin):
         x = self._stem(x)
         for stage in self.layers:
             x = stage(x)
-        return self.classifier.norm(x).permute(0, 3, 1, 2)
+        return self._final_norm(x).permute(0, 3, 1, 2)
+
+    def _final_norm(self, x: Tensor) -> Tensor:
+        """Normalise the last map (B, h, w, C)."""
+        return self.classifier.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map `forward_features`'s (B, C, h, w) to logits; to the pooled features (B, C) with `pre_logits`."""
@@ -219,7 +233,7 @@ class VMamba(nn.Module, HubMixin):
         wanted = self._stage_indices(indices)
         last = len(self.layers) - 1
         maps = list(self._stage_maps(x, up_to=max(wanted) if stop_early else last))
-        final = self.classifier.norm(maps[last]) if len(maps) > last else maps[-1]
+        final = self._final_norm(maps[last]) if len(maps) > last else maps[-1]
         chosen = [final if norm and i == last else maps[i] for i in wanted]
         intermediates = [y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y for y in chosen]
         return intermediates if intermediates_only else (final.permute(0, 3, 1, 2), intermediates)
@@ -228,7 +242,7 @@ class VMamba(nn.Module, HubMixin):
         """Yield the map (B, H, W, D) of each stage up to a last one, before its downsampling."""
         x = self._stem(x)
         for i, stage in enumerate(self.stages()[: up_to + 1]):
-            x = stage.forward_blocks(x)
+            x = stage.blocks(x)
             yield x
             if i < up_to:
                 x = stage.downsample(x)
@@ -241,17 +255,30 @@ class VMamba(nn.Module, HubMixin):
         n = len(self.layers)
         if indices is None:
             return list(range(n))
-        given = [n - indices + i for i in range(indices)] if isinstance(indices, int) else list(indices)
+        wrong = ValueError(f"indices must name stages -{n} to {n - 1} (or be a count from 1 to {n}); got {indices!r}")
+        try:
+            given = [operator.index(i) for i in (indices if isinstance(indices, Iterable) else (indices,))]
+        except TypeError:
+            raise wrong from None
+        if not isinstance(indices, Iterable):
+            given = list(range(n - given[0], n)) if 1 <= given[0] <= n else []
         if not given or any(not -n <= i < n for i in given):
-            raise ValueError(f"indices must name stages -{n} to {n - 1} (or be a count from 1 to {n}); got {indices}")
+            raise wrong
         return [i % n for i in given]
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last one wanted, and if asked the final norm and the head, as timm defines it."""
+        """Drop the stages after the last one wanted, and if asked the final norm and the head, as timm defines it.
+
+        The final norm belongs to the last stage, and goes with it; so does the downsampling to a stage that is dropped.
+        """
         wanted = self._stage_indices(indices)
-        self.layers = self.layers[: max(wanted) + 1]
+        if max(wanted) + 1 < len(self.layers):
+            prune_norm = True
+            self.layers = self.layers[: max(wanted) + 1]
+            self.stages()[-1].downsample = nn.Identity()
+            self.num_features = self.head_hidden_size = self.config.stage_dims[max(wanted)]
         if prune_norm:
             self.classifier.norm = nn.Identity()
         if prune_head:
@@ -264,29 +291,27 @@ class VMamba(nn.Module, HubMixin):
 
     def reset_classifier(self, num_classes: int, global_pool: Literal["avg", ""] | None = None) -> None:
         """Replace the head by a fresh one; 0 classes leaves it out, `global_pool=""` the pooling too."""
-        if global_pool is not None:
-            if global_pool not in ("avg", ""):
-                raise ValueError(f"global_pool must be 'avg' or ''; got {global_pool!r}")
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        self.config = self.config.replace(num_classes=num_classes, global_pool=self.global_pool)
+        pool = self.global_pool if global_pool is None else global_pool
+        self.config = self.config.replace(num_classes=num_classes, global_pool=pool)
+        self.num_classes, self.global_pool = self.config.num_classes, pool
         like = next(self.parameters())
-        head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
         head.apply(_init_linear)
-        self.classifier.head = head.to(device=like.device, dtype=like.dtype)
+        self.classifier.head = head.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its insides."""
         self.grad_checkpointing = enable
         for stage in self.stages():
-            stage.grad_checkpointing = enable
+            stage.blocks.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters that weight decay should spare: time scales, skip weights, position embedding.
 
         The published training decayed `A_logs` and `dt_projs_bias` all the same: its optimiser read only names.
         """
-        spared = {name for name, p in self.named_parameters() if getattr(p, "_no_weight_decay", False)}
+        # By name: marks on the tensors are lost in copies, and where `load_state_dict(assign=True)` replaces them.
+        spared = {name for name, _ in self.named_parameters() if set(name.split(".")) & set(WITHOUT_DECAY)}
         return spared | ({"pos_embed"} if self.pos_embed is not None else set())
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -334,6 +359,10 @@ class VMambaBackbone(VMamba):
         for i in self.out_indices:
             self.add_module(f"outnorm{i}", make_norm(self.config.norm_layer, self.config.stage_dims[i]))
         del self.classifier  # its norm and head have no part here, and no weights in the published files
+
+    def _final_norm(self, x: Tensor) -> Tensor:
+        last = len(self.layers) - 1
+        return getattr(self, f"outnorm{last}")(x) if last in self.out_indices else x
 
     def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
         """Map images (B, in_chans, H, W) to the maps (B, C_i, H/2^(i+2), W/2^(i+2)) of `out_indices`."""
