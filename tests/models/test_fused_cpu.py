@@ -1,6 +1,7 @@
 """The CPU inference form: equal to the model it was made from, for any configuration and size, and one-way."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 import vmamba
 from vmamba.models import fused_cpu
 from vmamba.models.fused_cpu import FusedMlp, FusedSS2D, PackedLinear, fuse_for_cpu
+from vmamba.models.layers import Mlp
+from vmamba.models.ss2d import SS2D
 from vmamba.models.vmamba import VMambaBackbone
 
 pytestmark = pytest.mark.skipif(fused_cpu.unavailable() is not None, reason="torch comes without oneDNN here")
@@ -111,3 +114,72 @@ def test_what_it_cannot_do_is_said(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ValueError, match="needs oneDNN's packed weights: this build of torch comes without oneDNN"):
         fuse_for_cpu(model)
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Zero(SS2D):
+    def forward(self, x):
+        return 0 * super().forward(x)
+
+
+def listen(module):
+    module.register_forward_hook(lambda module, args, y: 0 * y)
+    return module
+
+
+def of_another_class(kind):
+    def change(module):
+        module.__class__ = kind
+        return module
+
+    return change
+
+
+CHANGES = {
+    "another class": ("op.in_proj", of_another_class(Doubling)),
+    "another class's MLP layer": ("mlp.fc1", of_another_class(Doubling)),
+    "a bias": ("op.out_proj", lambda layer: nn.Linear(layer.in_features, layer.out_features)),
+    "a wrapper": ("mlp.fc2", lambda layer: nn.Sequential(layer, nn.Tanh())),
+    "another class of SS2D": ("op", of_another_class(Zero)),
+    "a hook": ("op.in_proj", listen),
+    "a hook on the branch": ("mlp", listen),
+    "parametrised": ("mlp.fc1", nn.utils.parametrizations.weight_norm),
+}
+
+
+@pytest.mark.parametrize(("path", "change"), CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_changed_layers_stay_changed(relative_error, path, change):
+    model, images = make(), 3 * torch.randn(2, 3, 64, 64)
+    before = model(images)
+    for stage in model.stages():
+        for block in stage.blocks:
+            block.set_submodule(path, change(block.get_submodule(path)))
+    expected = model(images)
+    if change is not nn.utils.parametrizations.weight_norm:  # which keeps the values
+        assert relative_error(before, expected) > 1e-4
+    fused = fuse_for_cpu(model)
+    assert relative_error(fused(images), expected) <= 1e-5
+    assert any(isinstance(module, PackedLinear) for module in fused.modules())
+
+
+def test_an_approximate_gelu_is_not_made_exact():
+    model = make()
+    model.layers[0].blocks[0].mlp.act = nn.GELU("tanh")
+    kinds = [type(block.mlp) for stage in fuse_for_cpu(model).stages() for block in stage.blocks]
+    assert kinds == [Mlp, *[FusedMlp] * 4]
+
+
+def test_copies_and_gradients_are_refused():
+    fused, images = fuse_for_cpu(make()), torch.randn(1, 3, 64, 64, requires_grad=True)
+    for attempt in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ValueError, match="cannot be copied or pickled; copy the model it was made from"):
+            attempt(fused)
+    with pytest.raises(RuntimeError, match="has no gradients; call it under"):
+        fused(images)
+    with torch.no_grad():
+        fused(images)

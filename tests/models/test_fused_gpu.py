@@ -121,3 +121,20 @@ def test_errors_are_those_of_the_dtype(name: str, dtype: torch.dtype) -> None:
             exact = model.forward_features(x)
             errors = [(form.forward_features(x.to(dtype)) - exact).norm() / exact.norm() for form in (small, plain)]
         assert errors[0] <= 1.5 * errors[1], (shape, errors)
+
+
+def test_a_changed_layer_is_found() -> None:
+    def model() -> nn.Module:
+        return vmamba.create_model("vmamba_test", drop_path_rate=0.1)
+
+    assert fused_gpu.changed_layer(model()) is None
+    replaced, hooked, biased, kept = model(), model(), model(), model()
+    block = "layers.2.blocks.1."
+    replaced.set_submodule(block + "mlp.act", nn.GELU("tanh"))
+    assert fused_gpu.changed_layer(replaced).startswith(f"{block}mlp.act is not the layer that its configuration makes")
+    hooked.get_submodule(block + "op").register_forward_hook(lambda module, args, y: 0 * y)
+    assert fused_gpu.changed_layer(hooked).startswith(f"{block}op has a hook")
+    biased.set_submodule(block + "op.in_proj", nn.Linear(16, 16))
+    assert fused_gpu.changed_layer(biased).startswith(f"{block}op.in_proj is not the layer")
+    kept.classifier.head = nn.Sequential(nn.Linear(24, 3))
+    assert fused_gpu.changed_layer(kept) is None

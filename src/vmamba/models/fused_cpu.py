@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmamba.models.layers import Mlp
+from vmamba.models.layers import Mlp, have_hooks
 from vmamba.models.ss2d import SS2D
 from vmamba.models.vmamba import VMamba
 from vmamba.ops import ss2d_scan
@@ -41,8 +41,16 @@ class PackedLinear(nn.Module):
             )
         return super()._apply(fn, recurse)
 
+    def __getstate__(self) -> Any:
+        raise ValueError("a model fused for the CPU cannot be copied or pickled; copy the model it was made from")
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a model fused for the CPU has no gradients; call it under torch.no_grad(), or take the model it was"
+                " made from"
+            )
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.epilogue)
         return y
 
@@ -150,10 +158,25 @@ def _replace(module: nn.Module) -> None:
 
 
 def _packed_form(module: nn.Module) -> nn.Module | None:
-    if isinstance(module, SS2D) and module.routes != "cascade2d":
-        return FusedSS2D(module)
-    if isinstance(module, Mlp) and not module.gated and type(module.act) is nn.GELU:
-        return FusedMlp(module)
-    if isinstance(module, nn.Linear):
-        return PackedLinear(module.weight, module.bias)
-    return None
+    """Return the packed form of a layer that is what it was made as; None for others, whose layers are looked at."""
+    if have_hooks((module,)):
+        return None
+    if _computes_as(module, SS2D) and isinstance(module, SS2D) and module.routes != "cascade2d":
+        plain = all(_is_plain_linear(layer) and layer.bias is None for layer in (module.in_proj, module.out_proj))
+        return FusedSS2D(module) if plain else None
+    if _computes_as(module, Mlp) and isinstance(module, Mlp) and not module.gated and _is_plain_gelu(module.act):
+        return FusedMlp(module) if _is_plain_linear(module.fc1) and _is_plain_linear(module.fc2) else None
+    return PackedLinear(module.weight, module.bias) if _is_plain_linear(module) else None  # type: ignore[arg-type]
+
+
+def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module, perhaps with parametrised weights, has the methods of a kind: no subclass changed them."""
+    return all(getattr(type(module), name, None) is value for name, value in vars(kind).items() if callable(value))
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return type(module).forward is nn.Linear.forward and not have_hooks((module,))
+
+
+def _is_plain_gelu(module: nn.Module) -> bool:
+    return type(module) is nn.GELU and module.approximate == "none" and not have_hooks((module,))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba.models.layers import LayerNorm
+from vmamba.models.layers import LayerNorm, have_hooks
 from vmamba.models.ss2d import SS2D
 from vmamba.models.vmamba import VMamba, VSSBlock
 from vmamba.ops import ss2d_scan
@@ -46,7 +46,7 @@ def fuse_for_gpu(model: VMamba, dtype: torch.dtype = torch.bfloat16) -> "FusedVM
         ValueError: the model is of a kind that has no fused form, or is not where the kernels run; says which.
     """
     probe = next(model.parameters()).new_empty(0, dtype=dtype)
-    if reason := why_not(probe) or _unsupported(model.config):
+    if reason := why_not(probe) or _unsupported(model.config) or changed_layer(model):
         raise ValueError(f"this model cannot be fused for a GPU: {reason}")
     return FusedVMamba(model, dtype)
 
@@ -78,6 +78,21 @@ def _unsupported(config: "VMambaConfig") -> str | None:
         return "its blocks lack one of the two branches."
     if any(dim % 32 for dim in config.stage_dims) or config.stage_dims[0] not in (64, 96, 128, 192, 256):
         return f"its widths {config.stage_dims} are not those of the stem's kernels (64, 96, 128, 192 or 256, doubled)."
+    return None
+
+
+def changed_layer(model: VMamba) -> str | None:
+    """Name the first layer that is not as the configuration makes it, whose change the fused form would leave out."""
+    with torch.device("meta"):
+        made = VMamba(model.config)
+    expected = {name: (type(module), module.extra_repr()) for name, module in made.named_modules()}
+    for name, module in model.named_modules():
+        if not name.startswith(("patch_embed", "layers")) or ".downsample" in name:  # the others are kept as they are
+            continue
+        if have_hooks((module,)):
+            return f"{name} has a hook, which the fused form would not call; remove it, or register it on the result."
+        if expected.get(name) != (type(module), module.extra_repr()):
+            return f"{name} is not the layer that its configuration makes, and the fused form knows no other."
     return None
 
 
