@@ -6,7 +6,7 @@ Maps are channels-last, (B, H, W, D), inside; images and returned features are (
 import dataclasses
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +72,10 @@ class VSSBlock(nn.Module):
     def _branch(self, op: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
         if self.post_norm:
             return x + self.drop_path(norm(op(x)))
-        plain = isinstance(norm, LayerNorm) and not have_hooks((norm,))
-        x, normed = norm.with_skip(x) if plain else (x, norm(x))
+        if isinstance(norm, LayerNorm) and not have_hooks((norm,)):
+            x, normed = norm.with_skip(x)
+        else:
+            normed = norm(x)
         return x + self.drop_path(op(normed))
 
 
@@ -202,6 +204,29 @@ class VMamba(nn.Module, HubMixin):
                 position = F.interpolate(position, size=x.shape[1:3], mode="bicubic", align_corners=False)
             x = x + position.permute(0, 2, 3, 1).to(x.dtype)
         return x
+
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = ...,
+        norm: bool = ...,
+        stop_early: bool = ...,
+        output_fmt: str = ...,
+        intermediates_only: Literal[False] = ...,
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = ...,
+        norm: bool = ...,
+        stop_early: bool = ...,
+        output_fmt: str = ...,
+        *,
+        intermediates_only: Literal[True],
+    ) -> list[Tensor]: ...
 
     def forward_intermediates(
         self,
