@@ -120,6 +120,8 @@ def test_several_values_need_no_brackets():
     assert (recipe.min_sizes, recipe.trackers, recipe.milestones) == ((480, 800), ("wandb",), (8,))
     assert parse("train", Recipe, ["--optimizer.betas", "0.8", "0.9", "--epochs", "2"]).optimizer.betas == (0.8, 0.9)
     assert parse("train", Recipe, ["--trackers", "[]"]).trackers == ()
+    with pytest.raises(UsageError, match=r"--trackers needs a value; --trackers \[\] gives none"):
+        parse("train", Recipe, ["--trackers", "--epochs", "2"])
 
 
 def test_a_recipe_of_another_task_is_told_apart_from_a_misspelt_key(tmp_path):

@@ -227,11 +227,13 @@ def test_convert_there_and_back_keeps_the_predictions(vmamba, trained, digits):
         outcome = vmamba("convert", *words)
         assert outcome.status == 0, outcome.err
         assert f"wrote {words[1]}" in outcome.out
+        assert ("labels, image size and normalisation are not in it" in outcome.out) == (words[1] == "weights.pth")
     records = []
     for path in (source, "weights.pth", "again.safetensors"):
         outcome = vmamba("predict", digits, "--checkpoint", path, "--format", "json", "--img_size", 32)
         assert outcome.status == 0, outcome.err
         records.append([record["predictions"][0]["label"] for record in json.loads(outcome.out)])
+        assert ("does not say how its images were prepared" in outcome.err) == (path != source)
     # The published layout has no place for the normalisation, so only the weights, not the labels, must agree.
     assert records[1] == records[2]
     from vmamba.models.checkpoint import read_checkpoint

@@ -121,6 +121,13 @@ def test_export_of_a_segmentation_model(vmamba, tmp_path):
     assert "gives segmentation; a classifier is needed" in vmamba("serve", "s.onnx").err
 
 
+def test_a_variant_without_published_weights_is_exported_untrained_or_told_how(vmamba):
+    outcome = vmamba("export", "vmamba_test", "v.onnx")
+    assert outcome.status == 2
+    assert "no weights were published for 'vmamba_test'" in outcome.err
+    assert "--pretrained false exports it untrained" in outcome.err
+
+
 def test_export_of_a_detector(vmamba, tmp_path):
     from vmamba.tasks.detection import DetectorConfig, make_vmamba_detector
     from vmamba.tasks.detection_checkpoint import save_detector

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vmamba.data import reading
 from vmamba.data.loaders import ImageDataset, evaluation_loader, training_loader
 from vmamba.data.reading import Draw, EpochSampler, LoaderError, Share
 from vmamba.data.sources import ImageSet, open_source
@@ -207,3 +208,22 @@ def test_a_worker_that_dies_or_hangs_ends_in_an_error(files, hang):
         (LoaderError, RuntimeError), match=r"(timed out after 2|is killed by signal|exited unexpectedly)"
     ):
         list(loader.epoch(0))
+
+
+def test_more_workers_than_cores_are_cut_to_them_and_told_once(digits, monkeypatch, capsys):
+    monkeypatch.setattr(reading, "_cores", lambda: 1)
+    reading._tell_of_cores.cache_clear()
+    options = {"img_size": 32, "seed": 0, "workers": 64}
+    transform = Preprocessing(img_size=32).transform()
+    loaders = [training_loader(digits, transform, 32, **options) for _ in range(2)]
+    assert [loader._loader.num_workers for loader in loaders] == [1, 1]
+    assert capsys.readouterr().err.splitlines() == [
+        "workers: 64 were asked for, cores of this machine: 1; as many processes read images, 1"
+    ]
+
+
+def test_streams_keep_the_workers_that_their_order_depends_on(monkeypatch, capsys):
+    monkeypatch.setattr(reading, "_cores", lambda: 1)
+    reading._tell_of_cores.cache_clear()
+    assert reading.reading_options(1000, 4, False, 0.0, most=8)["num_workers"] == 4
+    assert "fewer --workers may do" in capsys.readouterr().err

@@ -93,7 +93,7 @@ def test_fashion_mnist_download_failure_says_what_to_do(tmp_path, monkeypatch):
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz\nand more")
 
     monkeypatch.setattr(FashionMNIST, "__init__", no_network)
-    monkeypatch.setenv("VMAMBA_CACHE", str(tmp_path))
+    monkeypatch.setenv("VMAMBA_CACHE_DIR", str(tmp_path))
     with pytest.raises(ValueError, match=r"could not be downloaded.*--data fashion-mnist:FOLDER") as caught:
         open_source("fashion-mnist")
     assert "\n" not in str(caught.value)

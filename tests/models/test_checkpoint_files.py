@@ -228,7 +228,9 @@ def test_a_file_saved_without_checksums_is_read(tmp_path):
         (b"", "is empty"),
         (b"\n<!DOCTYPE html><html><body>Not Found</body></html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "Git LFS pointer"),
-        (b"just some text", "is not a weight file"),
+        (b"just some text", "is a text file and no checkpoint"),
+        (b"checkpoints:\n  every: 0\n", "is a text file and no checkpoint"),  # as opcodes: the global named heckpoints
+        ("Größe: 3\n".encode() * 1000, "is a text file and no checkpoint"),
         (bytes(range(256)) * 40, "is not a weight file"),
         (pickle.dumps([1, 2, 3], protocol=2), "is not a weight file"),
     ],
@@ -240,6 +242,7 @@ def test_other_files_are_told_for_what_they_are(content, says, suffix, tmp_path)
     with pytest.raises(CheckpointError, match=says) as caught:
         read_checkpoint(path)
     assert str(path) in str(caught.value)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_missing_files_and_folders_are_told(tmp_path):

@@ -15,6 +15,9 @@ from vmamba.models.ss2d import SS2D
 from vmamba.models.vmamba import VMambaBackbone
 
 pytestmark = pytest.mark.skipif(fused_cpu.unavailable() is not None, reason="torch comes without oneDNN here")
+bf16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor does not compute in bfloat16"
+)
 
 CONFIGURATIONS = {
     "the paper's": {},
@@ -45,6 +48,37 @@ def test_gives_what_the_model_gives(relative_error, overrides):
     for shape in ((1, 3, 64, 64), (3, 3, 64, 64), (2, 3, 61, 90)):
         images = torch.randn(shape)
         assert relative_error(fused(images), model(images)) <= 1e-5
+
+
+@bf16
+@pytest.mark.parametrize("overrides", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+@torch.no_grad()
+def test_in_bfloat16_it_errs_no_more_than_the_model_in_bfloat16(relative_error, overrides):
+    model = make(**overrides)
+    fused, narrow, exact = fuse_for_cpu(model, torch.bfloat16), copy.deepcopy(model).bfloat16(), model.double()
+    errors = []
+    for shape in ((1, 3, 64, 64), (3, 3, 64, 64), (2, 3, 61, 90)):
+        images = torch.randn(shape)
+        expected = exact(images.double())
+        y = fused(images)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, fused(images.bfloat16()))
+        errors.append((relative_error(y, expected), relative_error(narrow(images.bfloat16()), expected)))
+    ours, theirs = (sum(column) for column in zip(*errors, strict=True))
+    assert 0 < ours <= 1.25 * theirs
+
+
+@bf16
+@torch.no_grad()
+def test_fuse_takes_the_dtype_asked_for_or_the_models():
+    model, images = make(), torch.randn(1, 3, 64, 64)
+    assert vmamba.fuse(model)(images).dtype == torch.float32
+    asked = vmamba.fuse(model, torch.bfloat16)
+    assert asked(images).dtype == torch.bfloat16
+    assert asked.classifier.norm.weight.dtype == torch.float32  # norms compute in float32, and keep its weights
+    assert vmamba.fuse(model.bfloat16())(images).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"stays bfloat16 there; take the one it was made from to torch.float32"):
+        asked.float()
 
 
 @torch.no_grad()
@@ -108,9 +142,15 @@ def test_what_it_cannot_do_is_said(monkeypatch):
     with pytest.raises(TypeError, match="fuse_for_cpu takes a VMamba, got Linear"):
         fuse_for_cpu(nn.Linear(2, 2))
     with pytest.raises(
-        ValueError, match=r"takes a float32 model on the CPU; patch_embed.0.weight is torch.float64 on cpu"
+        ValueError, match=r"takes a model in float32 on the CPU; patch_embed.0.weight is torch.float64 on cpu"
     ):
         fuse_for_cpu(make().double())
+    with pytest.raises(ValueError, match=r"the forms on the CPU are float32 and bfloat16, not torch\.float16"):
+        vmamba.fuse(model, torch.float16)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        with pytest.raises(ValueError, match="this processor does not compute in bfloat16; take float32"):
+            vmamba.fuse(model, torch.bfloat16)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ValueError, match="needs oneDNN's packed weights: this build of torch comes without oneDNN"):
         fuse_for_cpu(model)

@@ -41,21 +41,49 @@ def test_every_register_width(ss2d_inputs, assert_accurate, monkeypatch, lanes, 
     check(assert_accurate, inputs, height=7, width=6)
 
 
+@pytest.mark.parametrize("lanes", WIDTHS)
+@pytest.mark.parametrize("channels", [16, 37])
+@pytest.mark.parametrize("routes", ["cross2d", "unidi", "columns"])
+def test_bfloat16_is_read_and_rounded_as_torch_does(ss2d_inputs, monkeypatch, lanes, channels, routes):
+    monkeypatch.setattr(cpu_kernels, "float_lanes", lambda: lanes)
+    x, projected, *weights = ss2d_inputs(2, 5, 6, channels, 2, 3, routes, dtype=torch.float32)
+    narrow, options = (x.bfloat16(), projected.bfloat16()), {"height": 5, "width": 6, "routes": routes}
+    narrow[0][0, 0, 1], narrow[0][1, 0, 2] = float("nan"), float("inf")
+    wide = ss2d_scan(*(t.float() for t in narrow), *weights, backend="cpu", **options)
+    assert wide.isnan().any()
+    for out_dtype in (torch.float32, torch.bfloat16):
+        y = ss2d_scan(*narrow, *weights, backend="cpu", out_dtype=out_dtype, **options)
+        torch.testing.assert_close(y, wide.to(out_dtype), rtol=0, atol=0, equal_nan=True)
+    rounded = ss2d_scan(x, projected, *weights, backend="cpu", out_dtype=torch.bfloat16, **options)
+    assert torch.equal(rounded, ss2d_scan(x, projected, *weights, backend="cpu", **options).bfloat16())
+
+
+def test_rounding_to_bfloat16_is_to_the_nearest_and_even():
+    bits = torch.arange(-(2**31), 2**31, 4099, dtype=torch.int64).to(torch.int32)  # of every sign and exponent
+    ties = torch.arange(0, 2**31, 2**16, dtype=torch.int64).to(torch.int32) + 0x8000
+    x = torch.cat([bits, ties]).view(torch.float32)
+    x = x[: len(x) // 16 * 16]
+    rounded = torch.empty(len(x), dtype=torch.bfloat16)
+    apply(lambda code, value: value, x, rounded)
+    torch.testing.assert_close(rounded, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("spread", [1e-6, 30.0, 1e3])
 def test_extreme_delta(ss2d_inputs, assert_accurate, spread):
     check(assert_accurate, ss2d_inputs(1, 9, 9, 4, 2, 2, spread=spread, dtype=torch.float32), height=9, width=9)
 
 
-def apply(function, x):
-    """Run one of the vector functions over a tensor."""
+def apply(function, x, out=None):
+    """Run one of the vector functions over a tensor; into `out` in bfloat16, if it is given."""
     lanes = llvm.float_lanes()
     code = llvm.Code("apply", ("count", "x", "y"), lanes)
     x_at, y_at = code.pointer("x"), code.pointer("y")
     with code.tasks(code.word("count")) as task:
         start = code.build.mul(task, llvm.I64(lanes))
-        code.store_vector(function(code, code.load_vector(x_at, start)), y_at, start)
+        store = code.store_vector if out is None else code.store_bfloat16_vector
+        store(function(code, code.load_vector(x_at, start)), y_at, start)
     kernel, padded = code.compile(), torch.cat([x, x.new_zeros(-len(x) % lanes)])
-    y = torch.empty_like(padded)
+    y = torch.empty_like(padded) if out is None else out
     kernel.run([len(padded) // lanes, padded, y], 1)
     return y[: len(x)]
 

@@ -27,7 +27,7 @@ class FlopsOptions:
         compare: Peers whose growth is drawn beside theirs.
         img_size: Side of the image in pixels, or HEIGHTxWIDTH.
         convention: The scan as in the paper's tables (authors), or in their struck-through figures (naive).
-        sizes: Sides of the images for the growth; no sizes, no growth.
+        sizes: Sides of the images for the growth; [] leaves the growth out.
         output: Folder for the tables (CSV, JSON) and figures (PNG, SVG).
     """
 

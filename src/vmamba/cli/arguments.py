@@ -161,7 +161,9 @@ def _with_lists_joined(words: Sequence[str], options: type) -> list[str]:
             position += 1
         values = words[start:position]
         bracketed = len(values) == 1 and values[0].startswith("[")
-        joined += values if bracketed or not values else [json.dumps(values)]
+        if not values:
+            raise UsageError(f"{word} needs a value; {word} [] gives none")
+        joined += values if bracketed else [json.dumps(values)]
     return joined
 
 

@@ -11,11 +11,11 @@ from vmamba.cli.arguments import UsageError, parse
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Turn weights into safetensors (OUT ends in .safetensors) or into the authors' layout (OUT ends in .pth).
+    """Turn weights into safetensors (a target in .safetensors) or into the authors' layout (a target in .pth).
 
     Args:
         source: Any weights file that can be read, or a Hugging Face Hub id.
-        target: File to write.
+        target: File to write, ending in .safetensors or .pth; the latter holds no labels and no normalisation.
         prefer_ema: Take the averaged weights where the file has both.
         overwrite: Replace the target if it exists.
     """
@@ -41,4 +41,6 @@ def run(argv: Sequence[str]) -> int:
     report = convert_checkpoint(options.source, target, prefer_ema=options.prefer_ema)
     print(report)
     print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
+    if target.suffix.lower() == ".pth":
+        print("labels, image size and normalisation are not in it: the published layout has no place for them")
     return 0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """Write the pooled features of images to OUT: .parquet (file, embedding) or .npz (files, embeddings).
+    """Write the pooled features of images to a .parquet (file, embedding) or .npz file (files, embeddings).
 
     Interrupted, the same command goes on where it was. Under torchrun the processes share the work.
 
@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
     """Embed as the words say; return 1 when some images are damaged."""
     options = parse("embed", EmbedOptions, argv, positionals=[("source", "?"), ("target", "?")])
     if not options.source or not options.target:
-        raise UsageError("name the images and the file to write: vmamba embed IMAGES OUT.parquet")
+        raise UsageError("name the images and the file to write: vmamba embed IMAGES TARGET.parquet")
     import torch
 
     from vmamba.cli.opening import open_model

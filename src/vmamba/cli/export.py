@@ -26,7 +26,7 @@ _PYRAMID = ("p2", "p3", "p4", "p5", "p6")
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Export a model to OUT (.onnx or .pt2) and run the file against the model on real images at three sizes.
+    """Export a model to an .onnx or .pt2 file and run the file against the model on real images at three sizes.
 
     Args:
         source: Weights file, run folder, Hugging Face Hub id, or name of a variant.
@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> int:
     """Export as the words say."""
     options = parse("export", ExportOptions, argv, positionals=[("source", "?"), ("target", "?")])
     if not options.source:
-        raise UsageError("name what to export: vmamba export SOURCE [OUT], where OUT ends in .onnx or .pt2")
+        raise UsageError("name what to export: vmamba export SOURCE [TARGET], where TARGET ends in .onnx or .pt2")
     format = options.format or ("program" if (options.target or "").endswith(".pt2") else "onnx")
     if options.img_size is not None and options.img_size < 32:
         raise ValueError(f"img_size must be 32 or more, not {options.img_size}")
@@ -118,6 +118,7 @@ def _open(options: ExportOptions) -> _Subject:
         ValueError, FileNotFoundError: There is no such thing, or it does not do the task asked for.
     """
     from vmamba.cli.opening import held_task, open_model
+    from vmamba.models.config import list_models
     from vmamba.training.run_folder import RunFolder
 
     source = options.source or ""
@@ -133,7 +134,12 @@ def _open(options: ExportOptions) -> _Subject:
             return _detector(place, options.task or held)
     if options.task == "segmentation":
         raise ValueError(f"{source} holds no segmentation model; train one with `vmamba train --task segmentation`")
-    opened = open_model(source, "cpu") if options.pretrained else _untrained(source)
+    try:
+        opened = open_model(source, "cpu") if options.pretrained else _untrained(source)
+    except ValueError as error:
+        if options.pretrained and source in list_models(published=True):
+            raise ValueError(f"{error}; --pretrained false exports it untrained") from None
+        raise
     task = options.task or "classification"
     model = _model(opened, task)
     return _Subject(model, _description(opened, task), opened if task == "classification" else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from vmamba.models.config import list_models
 from vmamba.models.registry import create_model
 from vmamba.models.vmamba import VMamba
 from vmamba.training.run_folder import RunFolder, newest_checkpoint
+
+IMAGENET_CLASSES = 1000  # of the published weights, whose files do not say how images are prepared, and need not
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,13 @@ def open_model(checkpoint: str | None, device: str, img_size: int | None = None)
     if labels is not None and len(labels) != classes:
         raise ValueError(f"{checkpoint} stores {len(labels)} labels for {classes} classes")
     preprocessing = Preprocessing.from_metadata(metadata, img_size)
+    if "mean" not in metadata and classes != IMAGENET_CLASSES and os.environ.get("RANK", "0") == "0":
+        side = preprocessing.img_size
+        print(
+            f"{checkpoint} does not say how its images were prepared; done here as for the published weights: "
+            f"{side}×{side} pixels, ImageNet's mean and deviation",
+            file=sys.stderr,
+        )
     return OpenedModel(
         model.eval().to(target), checkpoint, tuple(labels) if labels else None, preprocessing, metadata, target
     )

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import cycle
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -171,14 +174,19 @@ def reading_options(
 
     Args:
         items: Images in the set.
-        workers: Processes that read; -1 picks by the data.
+        workers: Processes that read; -1 picks by the data. More than there are cores are cut to that, and told;
+            not of streams, whose order of images is that of so many readers.
         pin_memory: Whether the batches go to a GPU.
         timeout: Seconds to wait for a worker; 0 for ever.
         in_memory: Whether the pixels are in memory, where reading does not pay for processes of its own.
-        most: Processes that are of use at most.
+        most: Processes that are of use at most, which is known of streams of shards alone.
     """
     if workers < 0:
-        workers = 0 if items < 256 or in_memory else min(8, os.cpu_count() or 1, most or 8)
+        workers = 0 if items < 256 or in_memory else min(8, _cores(), most or 8)
+    elif workers > _cores():
+        _tell_of_cores(workers, _cores(), stream=most is not None)
+        workers = workers if most is not None else _cores()
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     return {
         "num_workers": workers,
         "pin_memory": pin_memory,
@@ -187,6 +195,21 @@ def reading_options(
         # Otherwise starting an iteration draws from the generator that drop path uses, and a resumed run diverges.
         "generator": torch.Generator(),
     }
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def _tell_of_cores(workers: int, cores: int, *, stream: bool) -> None:
+    """Say once, where PyTorch warns with every loader, that there are fewer cores than workers."""
+    if os.environ.get("RANK", "0") == "0":
+        outcome = (
+            "reading may be slow, and fewer --workers may do" if stream else f"as many processes read images, {cores}"
+        )
+        print(f"workers: {workers} were asked for, cores of this machine: {cores}; {outcome}", file=sys.stderr)
 
 
 def _start_worker(number: int) -> None:

@@ -219,7 +219,7 @@ def _in_memory(pixels: np.ndarray, targets: np.ndarray, name: str) -> ImageSet:
 def _download_fashion_mnist() -> Path:
     from torchvision.datasets import FashionMNIST
 
-    cache = Path(os.environ.get("VMAMBA_CACHE", "~/.cache/vmamba")).expanduser()
+    cache = Path(os.environ.get("VMAMBA_CACHE_DIR", "~/.cache/vmamba")).expanduser()
     try:
         FashionMNIST(str(cache), download=True)
     except (OSError, RuntimeError) as error:

@@ -237,6 +237,10 @@ def _check_zip(path: Path) -> None:
 
 
 def _explain(path: Path, error: Exception) -> CheckpointError:
+    if _is_text(path):
+        return CheckpointError(
+            f"'{path}' is a text file and no checkpoint; name a file of weights (.safetensors, .pth)"
+        )
     text = str(error)
     found = re.search(r"GLOBAL (\S+) was not an allowed|GLOBAL (\S+) whose module", text)
     stopped_at = [next(group for group in found.groups() if group)] if found else []
@@ -253,9 +257,25 @@ def _explain(path: Path, error: Exception) -> CheckpointError:
         )
     if "TorchScript" in text:
         return CheckpointError(f"'{path}' is a TorchScript program, not weights; save its state_dict() instead")
-    return CheckpointError(
-        f"'{path}' is not a weight file, or is truncated or corrupt ({type(error).__name__}: {_first_line(error)})"
-    )
+    # What the unpickler stumbled over says nothing to a user, and torch's own words advise to switch its safety off.
+    detail = f" ({_first_line(error)})" if isinstance(error, (OSError, RuntimeError)) else ""
+    return CheckpointError(f"'{path}' is not a weight file, or is truncated or corrupt{detail}")
+
+
+def _is_text(path: Path) -> bool:
+    """Tell text from pickles, which in protocol 0 are printable too but can be taken apart to their end."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    # The last character may be cut in two.
+    words = head.decode("utf-8", errors="ignore")
+    if len(words.encode()) < len(head) - 3 or not all(char.isprintable() or char.isspace() for char in words):
+        return False
+    try:
+        for _ in pickletools.genops(path.read_bytes()):
+            pass
+    except Exception:  # text taken for opcodes can raise anything
+        return True
+    return False
 
 
 def _foreign_globals(path: Path) -> list[str]:

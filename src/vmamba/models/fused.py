@@ -10,12 +10,13 @@ def fuse(model: VMamba, dtype: torch.dtype | None = None) -> nn.Module:
     """Make the inference form of a model for the device it is on.
 
     On a GPU norms, activations and residuals go into the matrix products (`fused_gpu`), in 16 bits; compile it with
-    `torch.compile`. On the CPU weights are put in the order that oneDNN computes in (`fused_cpu`), in float32. One way:
+    `torch.compile`. On the CPU weights are put in the order that oneDNN computes in (`fused_cpu`). One way:
     train, save and change the model it came from, which stays as it is.
 
     Args:
         model: in any mode, on a CUDA device or the CPU.
-        dtype: on a GPU bfloat16 (the default) or float16; on the CPU float32.
+        dtype: on a GPU bfloat16 (the default) or float16; on the CPU float32 (the default, but for a model in bfloat16)
+            or, where the processor computes in it, bfloat16, which is about twice as fast.
 
     Returns:
         A module in evaluation mode, without gradients, with `forward`, `forward_features` and `forward_head`. Its
@@ -26,11 +27,10 @@ def fuse(model: VMamba, dtype: torch.dtype | None = None) -> nn.Module:
     """
     device = next(model.parameters()).device
     if device.type == "cpu":
-        if dtype not in (None, torch.float32):
-            raise ValueError(f"this model cannot be fused on the CPU in {dtype}: the form there is float32")
         from vmamba.models.fused_cpu import fuse_for_cpu
 
-        return fuse_for_cpu(model)
+        own = next(model.parameters()).dtype
+        return fuse_for_cpu(model, dtype or (own if own == torch.bfloat16 else torch.float32))
     from vmamba.models.fused_gpu import fuse_for_gpu
 
     return fuse_for_gpu(model, dtype or torch.bfloat16)

@@ -1,4 +1,4 @@
-"""A VMamba for float32 inference on the CPU: weights in the order that oneDNN computes in, GELU inside its products.
+"""A VMamba for inference on the CPU: weights in the order that oneDNN computes in, GELU inside its products.
 
 In eager mode torch hands the weights of a layer to its library as they are stored, and they are rearranged at every
 call. Here that is done once. All else is the model as it was, so its methods stay, and every configuration is taken.
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmamba.models.layers import Mlp, have_hooks
+from vmamba.models.layers import LayerNorm, Mlp, have_hooks
 from vmamba.models.ss2d import SS2D
 from vmamba.models.vmamba import VMamba
 from vmamba.ops import ss2d_scan
@@ -24,6 +24,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> None:
         super().__init__()
+        self.dtype = weight.dtype
         self.out_features, self.in_features = weight.shape
         self.epilogue: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
@@ -33,11 +34,11 @@ class PackedLinear(nn.Module):
         raise ValueError("a model fused for the CPU has no weights to save; save the model it was made from")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        kept = fn(torch.empty(0))
-        if kept.dtype != torch.float32 or kept.device.type != "cpu":
+        kept = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
+        if kept.dtype != self.dtype or kept.device.type != "cpu":
             raise ValueError(
-                f"a model fused for the CPU stays float32 there; take the one it was made from to {kept.dtype} on"
-                f" {kept.device}"
+                f"a model fused for the CPU stays {str(self.dtype)[6:]} there; take the one it was made from to"
+                f" {kept.dtype} on {kept.device}"
             )
         return super()._apply(fn, recurse)
 
@@ -99,9 +100,16 @@ class FusedSS2D(nn.Module):
             x = self.conv2d(x)
         x = self.act(x).reshape(B, H * W, -1)
         y = ss2d_scan(
-            x, self.x_proj(x), *self.parameters_of_scan, height=H, width=W, routes=self.routes, backend=self.backend
+            x,
+            self.x_proj(x),
+            *self.parameters_of_scan,
+            height=H,
+            width=W,
+            routes=self.routes,
+            out_dtype=x.dtype,
+            backend=self.backend,
         )
-        y = self.out_act(self.out_norm(y.view(B, H, W, -1)))
+        y = self.out_act(self.out_norm(y.view(B, H, W, -1)).to(x.dtype))
         if z is not None:
             y = y * z
         result: Tensor = self.out_proj(y)
@@ -116,18 +124,21 @@ def unavailable() -> str | None:
     return f"torch {torch.__version__} has no operator mkldnn::{missing[0]}" if missing else None
 
 
-def fuse_for_cpu(model: VMamba) -> VMamba:
+def fuse_for_cpu(model: VMamba, dtype: torch.dtype = torch.float32) -> VMamba:
     """Make a copy of a model that infers faster on the CPU; the way back is the model itself, which is left alone.
 
-    The copy gives what the model gives in evaluation mode, within rounding of float32, for images of any size. It
-    cannot be trained, saved, copied, cast or moved.
+    The copy gives what the model gives in evaluation mode, within rounding of its dtype, for images of any size and
+    dtype. It cannot be trained, saved, copied, cast or moved. In bfloat16 norms and the scan keep their float32
+    weights, and compute in float32.
 
     Args:
-        model: in float32, on the CPU; of any configuration.
+        model: in float32 or `dtype`, on the CPU; of any configuration.
+        dtype: float32, or bfloat16 where the processor computes in it.
 
     Raises:
         TypeError: for what is not a VMamba.
-        ValueError: for a model elsewhere, in another dtype or already fused, and where torch comes without oneDNN.
+        ValueError: for a model elsewhere, in another dtype or already fused, for a dtype that the processor does not
+            compute in, and where torch comes without oneDNN.
     """
     if not isinstance(model, VMamba):
         raise TypeError(f"fuse_for_cpu takes a VMamba, got {type(model).__name__}")
@@ -135,16 +146,34 @@ def fuse_for_cpu(model: VMamba) -> VMamba:
         raise ValueError("fuse_for_cpu: this model is already fused")
     if (reason := unavailable()) is not None:
         raise ValueError(f"fuse_for_cpu needs oneDNN's packed weights: {reason}")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"fuse_for_cpu: the forms on the CPU are float32 and bfloat16, not {dtype}")
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise ValueError("fuse_for_cpu: this processor does not compute in bfloat16; take float32")
+    dtypes = list(dict.fromkeys((torch.float32, dtype)))
     for name, weight in model.named_parameters():
-        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        if weight.dtype not in dtypes or weight.device.type != "cpu":
+            known = " or ".join(str(known)[6:] for known in dtypes)
             raise ValueError(
-                f"fuse_for_cpu takes a float32 model on the CPU; {name} is {weight.dtype} on {weight.device}"
+                f"fuse_for_cpu takes a model in {known} on the CPU; {name} is {weight.dtype} on {weight.device}"
             )
     # Convolutions take weights in channels-last order as they are, or nearly so.
     fused = copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    _cast(fused, dtype)
     for part in (fused.patch_embed, fused.layers):
         _replace(part)
+    fused.patch_embed.register_forward_pre_hook(lambda module, args: (args[0].to(dtype),))
     return fused
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring weights to a dtype, but for those of norms and of the scan, which compute in float32."""
+    for module in model.modules():
+        if isinstance(module, (LayerNorm, nn.BatchNorm2d)):
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            if not isinstance(module, SS2D) or name == "x_proj_weight":
+                weight.data = weight.to(dtype)
 
 
 def _replace(module: nn.Module) -> None:

@@ -38,7 +38,7 @@ def _check_version(version: str) -> None:
 _check_version(llvmlite.__version__)
 log = logging.getLogger(__name__)
 
-F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 POINTER = ir.PointerType()
 _NEXT_TASK, _NEXT_WORKER = 0, 1  # the first words of a table are counters
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -152,6 +152,47 @@ class Code:
             f"llvm.masked.store.v{self.lanes}f32.p0", ir.VoidType(), [self.vector, POINTER, I32, mask.type]
         )
         self.build.call(function, [value, place, I32(4), mask])
+
+    def load_bfloat16(self, base: ir.Value, index: ir.Value) -> ir.Value:
+        """Read a scalar element in bfloat16, which is the upper half of a float32."""
+        return self._widen(self.load(base, index, I16), I32, F32)
+
+    def load_bfloat16_vector(self, base: ir.Value, index: ir.Value, mask: ir.Value | None = None) -> ir.Value:
+        """Read elements in bfloat16 from an index on; zero in lanes that are masked out."""
+        halves, words = ir.VectorType(I16, self.lanes), ir.VectorType(I32, self.lanes)
+        place = self.at(base, index, I16)
+        if mask is None:
+            return self._widen(self.build.load(place, align=2, typ=halves), words, self.vector)
+        name = f"llvm.masked.load.v{self.lanes}i16.p0"
+        function = self._declare(name, halves, [POINTER, I32, mask.type, halves])
+        zeros = ir.Constant(halves, [I16(0)] * self.lanes)
+        return self._widen(self.build.call(function, [place, I32(2), mask, zeros]), words, self.vector)
+
+    def _widen(self, halves: ir.Value, words: ir.Type, floats: ir.Type) -> ir.Value:
+        sixteen = ir.Constant(words, [I32(16)] * self.lanes) if isinstance(words, ir.VectorType) else I32(16)
+        return self.build.bitcast(self.build.shl(self.build.zext(halves, words), sixteen), floats)
+
+    def store_bfloat16_vector(
+        self, value: ir.Value, base: ir.Value, index: ir.Value, mask: ir.Value | None = None
+    ) -> None:
+        """Round to bfloat16, to the nearest and even, and write from an index on, but for lanes masked out."""
+        b, halves, words = self.build, ir.VectorType(I16, self.lanes), ir.VectorType(I32, self.lanes)
+
+        def every(number: int) -> ir.Constant:
+            return ir.Constant(words, [I32(number)] * self.lanes)
+
+        bits = b.bitcast(value, words)
+        odd = b.and_(b.lshr(bits, every(16)), every(1))
+        rounded = b.lshr(b.add(bits, b.add(odd, every(0x7FFF))), every(16))
+        # Adding could carry a NaN's bits over into the sign.
+        rounded = b.select(b.fcmp_unordered("uno", value, value), every(0x7FC0), rounded)
+        result, place = b.trunc(rounded, halves), self.at(base, index, I16)
+        if mask is None:
+            b.store(result, place, align=2)
+            return
+        name = f"llvm.masked.store.v{self.lanes}i16.p0"
+        function = self._declare(name, ir.VoidType(), [halves, POINTER, I32, mask.type])
+        b.call(function, [result, place, I32(2), mask])
 
     def first_lanes(self, count: ir.Value) -> ir.Value:
         """Make the mask of the first `count` lanes."""

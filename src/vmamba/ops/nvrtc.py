@@ -42,10 +42,17 @@ def aligned(tensor: torch.Tensor, multiple: int = 16) -> torch.Tensor:
 
 def device_unfit(device: torch.device) -> str | None:
     """Say why a GPU is too old for the CUDA kernels, or return None when it is not."""
-    capability = torch.cuda.get_device_capability(device)
+    # Compilers warn of cached functions, and find a constant in this one anyway.
+    compiling = torch.compiler.is_compiling()
+    capability = torch.cuda.get_device_capability(device) if compiling else _capability(device)
     if capability < (8, 0):
         return f"the CUDA kernels need compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}."
     return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 class CompilationError(RuntimeError):
@@ -208,14 +215,15 @@ class _LaunchConfig(ctypes.Structure):
 
 
 def _as_ctypes(argument: Argument) -> object:
+    # In the order of how often they come: this is most of what a launch costs the host.
     if isinstance(argument, torch.Tensor):
         return ctypes.c_void_p(argument.data_ptr())
-    if argument is None:
-        return ctypes.c_void_p(0)
     if isinstance(argument, int):
         if not -(2**31) <= argument < 2**31:
             raise ValueError(f"integer argument {argument} does not fit in 32 bits; pass a ctypes.c_longlong")
         return ctypes.c_int(argument)
+    if argument is None:
+        return ctypes.c_void_p(0)
     if isinstance(argument, float):
         return ctypes.c_float(argument)
     return argument

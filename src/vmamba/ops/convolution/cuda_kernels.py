@@ -105,6 +105,36 @@ def why_not_map(x: Tensor) -> str | None:
     return nvrtc.device_unfit(x.device)
 
 
+class _Prepared(NamedTuple):
+    """What a launch takes beside tensors: the kernel, blocks, threads of a block, the map, and rows of blocks."""
+
+    kernel: nvrtc.Kernel
+    blocks: int
+    threads: int
+    sizes: _Map
+    grid: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias: bool,
+    backward: bool,
+    index: int,
+) -> _Prepared:
+    batch, height, width, channels = shape
+    device = torch.device("cuda", index)
+    plan = plan_depthwise(shape, torch.cuda.get_device_properties(device).multi_processor_count, backward)
+    defines = depthwise_defines(channels, dtype, weight_dtype, bias, plan)
+    name = "depthwise_silu_backward" if backward else "depthwise_silu"
+    kernel = nvrtc.get_kernel(source(backward), name, defines, device)
+    strips, tiles = -(-width // plan.columns), -(-height // plan.rows)
+    sizes = _Map(height, width, plan.rows, strips, tiles, batch * strips * tiles)
+    return _Prepared(kernel, plan.grid * -(-channels // _CHANNELS), plan.threads, sizes, plan.grid)
+
+
 def _launch(
     maps: list[Tensor], weight: Tensor, bias: Tensor | None, out: Tensor, height: int, width: int
 ) -> Tensor | None:
@@ -114,19 +144,14 @@ def _launch(
     """
     batch, _, channels = out.shape
     backward = len(maps) > 1
-    processors = torch.cuda.get_device_properties(out.device).multi_processor_count
-    plan = plan_depthwise((batch, height, width, channels), processors, backward)
     if weight.dtype != out.dtype or (bias is not None and bias.dtype != weight.dtype):
         weight, bias = weight.float(), None if bias is None else bias.float()
-    defines = depthwise_defines(channels, out.dtype, weight.dtype, bias is not None, plan)
-    name = "depthwise_silu_backward" if backward else "depthwise_silu"
-    kernel = nvrtc.get_kernel(source(backward), name, defines, out.device)
-    strips, tiles = -(-width // plan.columns), -(-height // plan.rows)
-    sizes = _Map(height, width, plan.rows, strips, tiles, batch * strips * tiles)
-    partial = out.new_empty(plan.grid, (_TAPS + 1) * channels, dtype=torch.float32) if backward else None
+    shape = (batch, height, width, channels)
+    prepared = _prepare(shape, out.dtype, weight.dtype, bias is not None, backward, out.get_device())
+    partial = out.new_empty(prepared.grid, (_TAPS + 1) * channels, dtype=torch.float32) if backward else None
     arguments: list[nvrtc.Argument] = [*(nvrtc.aligned(t, 4) for t in maps), weight.contiguous(), bias, out]
-    arguments += [partial, sizes] if backward else [sizes]
-    kernel.launch((plan.grid * -(-channels // _CHANNELS), 1, 1), plan.threads, arguments)
+    arguments += [partial, prepared.sizes] if backward else [prepared.sizes]
+    prepared.kernel.launch((prepared.blocks, 1, 1), prepared.threads, arguments)
     return partial
 
 

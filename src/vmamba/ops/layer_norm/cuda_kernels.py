@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -79,22 +80,38 @@ def backward_defines(channels: int, dtype: torch.dtype, skip: bool, plan: Plan) 
     )
 
 
+class _Prepared(NamedTuple):
+    """What a launch takes beside tensors: both kernels, the rows of a block at least, and the most blocks."""
+
+    main: nvrtc.Kernel
+    sums: nvrtc.Kernel
+    rows: int
+    blocks: int
+
+
+@functools.cache
+def _prepare(channels: int, dtype: torch.dtype, skip: bool, index: int) -> _Prepared:
+    plan, device = plan_rows(channels), torch.device("cuda", index)
+    defines = backward_defines(channels, dtype, skip, plan)
+    main, sums = (nvrtc.get_kernel(source(), f"layer_norm_{name}", defines, device) for name in ("backward", "sums"))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return _Prepared(main, sums, _FEWEST * (_THREADS // plan.lanes), processors * plan.blocks)
+
+
 def backward(
     dy: Tensor, skip: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of x [M, D] (with `skip` added), γ and β [D], both float32; of contiguous rows."""
     M, D = x.shape
-    plan, dx = plan_rows(D), torch.empty_like(x)
+    dx = torch.empty_like(x)
     dgamma, dbeta = (torch.empty(D, dtype=torch.float32, device=x.device) for _ in range(2))
     if M == 0:
         return dx, dgamma.zero_(), dbeta.zero_()
-    defines = backward_defines(D, x.dtype, skip is not None, plan)
-    main, sums = (nvrtc.get_kernel(source(), f"layer_norm_{name}", defines, x.device) for name in ("backward", "sums"))
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    blocks = min(-(-M // (_FEWEST * (_THREADS // plan.lanes))), processors * plan.blocks)
+    prepared = _prepare(D, x.dtype, skip is not None, x.get_device())
+    blocks = min(-(-M // prepared.rows), prepared.blocks)
     partial = torch.empty(blocks, 2, D, dtype=torch.float32, device=x.device)
     skip = None if skip is None else nvrtc.aligned(skip)
     arguments = [nvrtc.aligned(dy), skip, nvrtc.aligned(x), mean, rstd, gamma.float(), dx, partial, M]
-    main.launch((blocks, 1, 1), _THREADS, arguments)
-    sums.launch((-(-2 * D // _SUM_COLUMNS), 1, 1), _SUM_THREADS, [partial, dgamma, dbeta, blocks])
+    prepared.main.launch((blocks, 1, 1), _THREADS, arguments)
+    prepared.sums.launch((-(-2 * D // _SUM_COLUMNS), 1, 1), _SUM_THREADS, [partial, dgamma, dbeta, blocks])
     return dx, dgamma, dbeta

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vmamba.ops.llvm import I64, Code, Kernel, float_lanes, ir
+from vmamba.ops.llvm import F32, I16, I64, Code, Kernel, float_lanes, ir
 from vmamba.ops.routes import get_routes, route_index, without_flip_back
 from vmamba.ops.ss2d import chunked
 
@@ -28,7 +28,7 @@ _NUMBERS = (
     "steps",
     "scratch_stride",
 )
-_ADDRESSES = ("x", "projected", "dt_weight", "dt_bias", "A", "D", "y", "order", "back", "scratch")
+_ADDRESSES = ("x", "projected", "dt_weight", "dt_bias", "A", "D", "y", "result", "order", "back", "scratch")
 
 
 def why_not(
@@ -43,9 +43,18 @@ def why_not(
 
 
 class _Forward:
-    """Writes the forward for N states a channel; `ragged` where the channels do not fill the last register."""
+    """Writes the forward for N states a channel.
 
-    def __init__(self, N: int, ragged: bool, lanes: int) -> None:
+    Args:
+        N: the states.
+        ragged: whether the channels do not fill the last register.
+        lanes: of a register.
+        reads16: whether x and `projected` are bfloat16.
+        gives16: whether the last route rounds its sums to the map `result` in bfloat16.
+    """
+
+    def __init__(self, N: int, ragged: bool, lanes: int, reads16: bool, gives16: bool) -> None:
+        self.reads16, self.gives16 = reads16, gives16
         self.code = Code("ss2d_forward", (*_NUMBERS, *_ADDRESSES), lanes)
         self.N, self.ragged, self.lanes = N, ragged, lanes
         self.at_once = 8 if lanes == 16 else 4  # steps: what the registers hold
@@ -71,6 +80,7 @@ class _Forward:
     def _route(self, route: ir.Value) -> None:
         b, code, number = self.code.build, self.code, self.number
         self.is_first = b.icmp_signed("==", route, I64(0))
+        self.is_last = b.icmp_signed("==", b.add(route, I64(1)), number["routes"])
         of_route = b.mul(route, number["channels"])
         here = b.add(of_route, self.channel)
         last = b.sub(b.add(of_route, number["channels"]), I64(1))
@@ -98,15 +108,18 @@ class _Forward:
         b, code, number = self.code.build, self.code, self.number
         steps = [b.add(step, I64(i)) for i in range(count)]
         read = [b.add(self.first_position, code.load(self.pointer["order"], s, I64)) for s in steps]
-        rows = [code.at(self.pointer["projected"], b.add(b.mul(p, number["columns"]), self.first_column)) for p in read]
+        kind = I16 if self.reads16 else F32
+        firsts = [b.add(b.mul(p, number["columns"]), self.first_column) for p in read]
+        rows = [code.at(self.pointer["projected"], first, kind) for first in firsts]
         for total in self.sums[:count]:
             b.store(self.bias, total)
         with code.loop(I64(0), number["rank"]) as r:
             weight = code.load_vector(self.weights, b.mul(r, I64(self.lanes)))
             for total, row in zip(self.sums, rows, strict=False):
-                b.store(code.fma(weight, code.splat(code.load(row, r)), b.load(total, typ=code.vector)), total)
+                b.store(code.fma(weight, self._value(row, r), b.load(total, typ=code.vector)), total)
         dt = [code.softplus(b.load(total, typ=code.vector)) for total in self.sums[:count]]
-        inputs = [code.load_vector(self.pointer["x"], self._element(p), self.mask) for p in read]
+        load = code.load_bfloat16_vector if self.reads16 else code.load_vector
+        inputs = [load(self.pointer["x"], self._element(p), self.mask) for p in read]
         drives = [b.fmul(d, u) for d, u in zip(dt, inputs, strict=True)]
         for total, u in zip(self.sums, inputs, strict=False):
             b.store(b.fmul(self.skip, u), total)
@@ -125,9 +138,13 @@ class _Forward:
         at_B = b.add(number["rank"], n)
         at_C = b.add(at_B, I64(self.N))
         for decay, drive, row, total in zip(decays, drives, rows, self.sums, strict=False):
-            h = code.fma(decay, h, b.fmul(drive, code.splat(code.load(row, at_B))))
-            b.store(code.fma(h, code.splat(code.load(row, at_C)), b.load(total, typ=code.vector)), total)
+            h = code.fma(decay, h, b.fmul(drive, self._value(row, at_B)))
+            b.store(code.fma(h, self._value(row, at_C), b.load(total, typ=code.vector)), total)
         b.store(h, place)
+
+    def _value(self, row: ir.Value, index: ir.Value) -> ir.Value:
+        load = self.code.load_bfloat16 if self.reads16 else self.code.load
+        return self.code.splat(load(row, index))
 
     def _element(self, position: ir.Value) -> ir.Value:
         b = self.code.build
@@ -138,13 +155,21 @@ class _Forward:
         code, y = self.code, self.pointer["y"]
         before = code.load_vector(y, index, self.mask)
         before = code.build.select(self.is_first, code.splat(0.0), before)
-        code.store_vector(code.build.fadd(before, value), y, index, self.mask)
+        total = code.build.fadd(before, value)
+        if not self.gives16:
+            code.store_vector(total, y, index, self.mask)
+            return
+        with code.build.if_else(self.is_last) as (then, otherwise):
+            with then:
+                code.store_bfloat16_vector(total, self.pointer["result"], index, self.mask)
+            with otherwise:
+                code.store_vector(total, y, index, self.mask)
 
 
 @functools.cache
-def forward_kernel(N: int, ragged: bool, lanes: int) -> Kernel:
-    """Compile the forward for N states a channel, once a process."""
-    return _Forward(N, ragged, lanes).kernel()
+def forward_kernel(N: int, ragged: bool, lanes: int, reads16: bool = False, gives16: bool = False) -> Kernel:
+    """Compile the forward, once a process; see `_Forward` for the arguments."""
+    return _Forward(N, ragged, lanes, reads16, gives16).kernel()
 
 
 @functools.lru_cache(128)
@@ -172,10 +197,13 @@ def forward(
     """Compute `ss2d_scan`."""
     # Here and below the device is named: the default one may be another, and the kernel takes addresses.
     y = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    reads16, gives16 = x.dtype == projected.dtype == torch.bfloat16, out_dtype == torch.bfloat16
+    result = torch.empty(x.shape, dtype=torch.bfloat16, device="cpu") if gives16 else y
     if y.numel():
         K, E, N = A.shape
         R, lanes = dt_weight.shape[2], float_lanes()
-        tensors = [t.float().contiguous() for t in (x, projected, dt_weight, dt_bias, A, D)]
+        tensors = [(t if reads16 else t.float()).contiguous() for t in (x, projected)]
+        tensors += [t.float().contiguous() for t in (dt_weight, dt_bias, A, D)]
         order, back = _positions(routes, height, width, flip_back)
         sequences, steps = get_routes(routes)[0].sequences(height, width)
         groups = -(-E // lanes)
@@ -184,9 +212,9 @@ def forward(
         threads = torch.get_num_threads() if tasks > 1 else 1
         scratch = torch.empty(threads, R + N, lanes, dtype=torch.float32, device="cpu")
         numbers = (tasks, groups, K, R, x.shape[1], E, projected.shape[2], sequences, steps, (R + N) * lanes)
-        kernel = forward_kernel(N, E % lanes != 0, lanes)
-        kernel.run([*numbers, *tensors, y, order, back, scratch], threads)
-    return y.to(out_dtype)
+        kernel = forward_kernel(N, E % lanes != 0, lanes, reads16, gives16)
+        kernel.run([*numbers, *tensors, y, result, order, back, scratch], threads)
+    return result.to(out_dtype)
 
 
 backward = chunked.backward

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vmamba.ops import nvrtc
 from vmamba.ops.cuda_source import read_source
+from vmamba.ops.ss2d.cuda_problem import find_device
 
 MAX_RANK = 64
 _SOURCES = ("common.cuh", "backward_tools.cuh", "backward_chunk.cuh", "backward.cu")
@@ -237,8 +238,9 @@ def backward_defines(
     channels: int,
     routes: str,
     plan: Plan,
+    ordered: bool = False,
 ) -> tuple[nvrtc.Define, ...]:
-    """Give the compile-time parameters of `backward.cu`."""
+    """Give the compile-time parameters of `backward.cu`; `ordered` for results that are equal from run to run."""
     return (
         ("RANK", rank),
         ("SPAN", plan.span),
@@ -249,7 +251,7 @@ def backward_defines(
         ("FULL_E", int(channels % _CHANNELS == 0)),
         ("TEAM", int(plan.team)),
         ("SPILL", int(plan.spill)),
-        ("ORDERED", int(torch.are_deterministic_algorithms_enabled())),
+        ("ORDERED", int(ordered)),
         ("STASH", int(plan.stash)),
         ("REVERSED", _ROUTES[routes][1]),
         ("THREADS", 32 * plan.warps),
@@ -259,6 +261,88 @@ def backward_defines(
         ("STAGES", plan.stages),
         ("STAGE_BYTES", stage_bytes(rank, plan.span, plan.spill, dy_dtype)),
         ("CLUSTER", plan.cluster),
+    )
+
+
+class _Prepared(NamedTuple):
+    """What a backward takes beside the caller's tensors.
+
+    Attributes:
+        kernels: That prepare, compute and finish.
+        grid: Blocks of each.
+        threads: Of a block of the second.
+        shared_bytes: Of the same.
+        cluster: Of the same.
+        sizes: Elements of `merged`, `packed`, `weights`, `skip`, `exact`, `workspace`, `turns`.
+        blocks: Groups of 16 channels.
+        problem: The last arguments of the second kernel.
+        ending: The last arguments of the third.
+    """
+
+    kernels: tuple[nvrtc.Kernel, nvrtc.Kernel, nvrtc.Kernel]
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    cluster: int
+    sizes: tuple[int, ...]
+    blocks: int
+    problem: tuple[int, ...]
+    ending: tuple[int, ...]
+
+
+_SCRATCH = (torch.float32, torch.int32, torch.float32, torch.float32, torch.float64, torch.float32, torch.int32)
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    rank: int,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    routes: str,
+    ordered: bool,
+    index: int,
+) -> _Prepared:
+    dtype, weight_dtype, dy_dtype = dtypes
+    length, device = height * width, find_device(index)
+    items = operand_items(rank, dtype, weight_dtype)
+    blocks = -(-channels // _CHANNELS)
+    places = device.multiprocessors if device.clusters else 0
+    plan = plan_backward(length, rank, items, device.block_shared, dy_dtype, batch * blocks, places)
+    defines = backward_defines(rank, dtype, weight_dtype, dy_dtype, channels, routes, plan, ordered)
+    prepare, main, finish = (
+        nvrtc.get_kernel(source(), f"ss2d_backward{name}", defines, torch.device("cuda", index))
+        for name in ("_prepare", "", "_finish")
+    )
+    chunks = plan.chunks
+    maps = blocks * (batch if plan.team else -(-batch // plan.warps))
+    teams = min(max(device.multiprocessors * plan.blocks // plan.cluster, 1), maps)
+    slots = 4 * (-(-plan.span // 4) * 4)  # of a chunk
+    together = max(2048 // ((rank + 2) * slots), 1)  # chunks of a block
+    columns = _ROUTES[routes][0] if height > 1 else 0
+    return _Prepared(
+        kernels=(prepare, main, finish),
+        grid=(_PREPARE_BLOCKS, teams * plan.cluster, batch * 4 * -(-chunks // together)),
+        threads=32 * plan.warps,
+        shared_bytes=plan.shared_bytes,
+        cluster=plan.cluster,
+        sizes=(
+            batch * 4 * (rank + 2) * chunks * slots,
+            4 * blocks * items * 32 * 4,
+            4 * blocks * -(-rank // 8) * 32 * 4,
+            blocks * _CHANNELS,
+            blocks * (4 * 32 + _CHANNELS),
+            (teams if plan.team else teams * plan.warps) * plan.workspace,
+            1 + ordered * (2 * blocks + batch * 2 * chunks),
+        ),
+        blocks=blocks,
+        problem=(
+            *(length, channels, blocks, chunks, batch, maps, plan.pieces, height, width, columns),
+            (2**32 - 1) // height,
+        ),
+        ending=(length, chunks, plan.pieces, height, width, columns, channels, blocks),
     )
 
 
@@ -294,7 +378,7 @@ def backward(
         The gradients of x, projected, dt_weight, dt_bias, A and D, each in the dtype of its input. Under
         `torch.use_deterministic_algorithms(True)` they are bit-equal from run to run.
     """
-    (batch, length, channels), rank = x.shape, dt_weight.shape[-1]
+    (batch, _, channels), rank = x.shape, dt_weight.shape[-1]
     if dy.dtype != x.dtype:
         dy = dy.float()
     dx, dprojected = torch.empty_like(x, memory_format=torch.contiguous_format), projected.new_empty(projected.shape)
@@ -304,31 +388,11 @@ def backward(
             tensor.zero_()
         return dx, dprojected, rounded[0], rounded[1], rounded[2], rounded[3]
 
-    device = torch.cuda.get_device_properties(x.device)
-    items = operand_items(rank, x.dtype, dt_weight.dtype)
-    blocks = -(-channels // _CHANNELS)
-    places = device.multi_processor_count if device.major >= 9 else 0
-    plan = plan_backward(length, rank, items, device.shared_memory_per_block_optin, dy.dtype, batch * blocks, places)
-    defines = backward_defines(rank, x.dtype, dt_weight.dtype, dy.dtype, channels, routes, plan)
-    prepare, main, finish = (
-        nvrtc.get_kernel(source(), f"ss2d_backward{name}", defines, x.device) for name in ("_prepare", "", "_finish")
+    ordered, dtypes = torch.are_deterministic_algorithms_enabled(), (x.dtype, dt_weight.dtype, dy.dtype)
+    prepared = _prepare(batch, height, width, channels, rank, dtypes, routes, ordered, x.get_device())
+    merged, packed, weights, skip, exact, workspace, turns = (
+        torch.empty(size, dtype=dtype, device=x.device) for size, dtype in zip(prepared.sizes, _SCRATCH, strict=True)
     )
-
-    chunks = plan.chunks
-    maps = blocks * (batch if plan.team else -(-batch // plan.warps))
-    teams = min(max(device.multi_processor_count * plan.blocks // plan.cluster, 1), maps)
-    grid = teams * plan.cluster
-    columns = _ROUTES[routes][0] if height > 1 else 0
-    slots = 4 * (-(-plan.span // 4) * 4)  # of a chunk
-    merged = torch.empty(batch * 4 * (rank + 2) * chunks * slots, dtype=torch.float32, device=x.device)
-    packed = torch.empty(4 * blocks * items * 32 * 4, dtype=torch.int32, device=x.device)
-    weights = torch.empty(4 * blocks * -(-rank // 8) * 32 * 4, dtype=torch.float32, device=x.device)
-    skip = torch.empty(blocks * _CHANNELS, dtype=torch.float32, device=x.device)
-    exact = torch.empty(blocks * (4 * 32 + _CHANNELS), dtype=torch.float64, device=x.device)
-    teams = teams if plan.team else teams * plan.warps
-    workspace = torch.empty(teams * plan.workspace, dtype=torch.float32, device=x.device)
-    ordered = torch.are_deterministic_algorithms_enabled()
-    turns = torch.empty(1 + ordered * (2 * blocks + batch * 2 * chunks), dtype=torch.int32, device=x.device)
     dy, x, projected, dt_weight, dt_bias, A, D = (
         nvrtc.aligned(t) for t in (dy, x, projected, dt_weight, dt_bias, A, D)
     )
@@ -339,17 +403,18 @@ def backward(
         (ctypes.c_void_p * 4)(*(t.data_ptr() for t in cleared)),
         (ctypes.c_ulonglong * 4)(*(t.nbytes // 4 for t in cleared)),
         channels,
-        blocks,
+        prepared.blocks,
     )
-    prepare.launch((_PREPARE_BLOCKS, 1, 1), _THREADS, [preparation])
     pointers = (x, dy, projected, packed, skip, dx, merged, weights, exact, workspace, turns)
-    sizes = (length, channels, blocks, chunks, batch, maps, plan.pieces, height, width, columns, (2**32 - 1) // height)
-    problem = _Problem(*(t.data_ptr() for t in pointers), *sizes)
-    main.launch((grid, 1, 1), 32 * plan.warps, [problem], shared_bytes=plan.shared_bytes, cluster=plan.cluster)
+    problem = _Problem(*(t.data_ptr() for t in pointers), *prepared.problem)
     found = (merged, weights, exact, dprojected, *rounded)
-    ending = _Finish(
-        *(t.data_ptr() for t in found), length, chunks, plan.pieces, height, width, columns, channels, blocks
+    ending = _Finish(*(t.data_ptr() for t in found), *prepared.ending)
+
+    prepare, main, finish = prepared.kernels
+    grid = prepared.grid
+    prepare.launch((grid[0], 1, 1), _THREADS, [preparation])
+    main.launch(
+        (grid[1], 1, 1), prepared.threads, [problem], shared_bytes=prepared.shared_bytes, cluster=prepared.cluster
     )
-    together = max(2048 // ((rank + 2) * slots), 1)  # chunks of a block
-    finish.launch((batch * 4 * -(-chunks // together), 1, 1), _THREADS, [ending])
+    finish.launch((grid[2], 1, 1), _THREADS, [ending])
     return dx, dprojected, rounded[0], rounded[1], rounded[2], rounded[3]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from vmamba.ops import nvrtc
 from vmamba.ops.cuda_source import read_source
 from vmamba.ops.ss2d.cuda_plans import Plan, find_launches, plan_forward
-from vmamba.ops.ss2d.cuda_problem import CHANNELS, Problem, find_device
+from vmamba.ops.ss2d.cuda_problem import CHANNELS, Launch, Problem, find_device
 from vmamba.ops.ss2d.cuda_tiles import TilePlan
 
 MAX_RANK = 64
@@ -74,6 +76,46 @@ def forward_defines(
     )
 
 
+class _Prepared(NamedTuple):
+    """What a forward takes beside tensors.
+
+    Attributes:
+        images: That are taken at a time.
+        floats: Of a workspace for them; 0 for none.
+        launches: For so many images, and for the fewer that may be left.
+    """
+
+    images: int
+    floats: int
+    launches: dict[int, list[tuple[nvrtc.Kernel, Launch, tuple[int, ...]]]]
+
+
+@functools.lru_cache(maxsize=1024, typed=True)  # plans of two kinds may be equal as tuples
+def _prepare(
+    plan: Plan,
+    problem: Problem,
+    channels: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    index: int,
+) -> _Prepared:
+    defines = forward_defines(problem.rank, channels, dtype, weight_dtype, out_dtype, plan)
+    images, floats = problem.batch, 0
+    if isinstance(plan, TilePlan):
+        images = plan.images_at_once(problem, find_device(index))
+        floats = plan.workspace_floats(problem._replace(batch=images))
+    launches = {}
+    for batch in {images, problem.batch % images or images}:
+        part = problem._replace(batch=batch)
+        sizes = (batch, part.height, part.width, channels, int(part.columns), *plan.geometry(part))
+        launches[batch] = [
+            (nvrtc.get_kernel(forward_source(plan), launch.kernel, defines, torch.device("cuda", index)), launch, sizes)
+            for launch in find_launches(plan, part)
+        ]
+    return _Prepared(images, floats, launches)
+
+
 def forward(
     x: Tensor,
     projected: Tensor,
@@ -93,24 +135,18 @@ def forward(
     if y.numel() == 0:
         return y
     problem = _problem(x, dt_weight.shape[-1], height, width, routes, out_dtype)
-    device = find_device(x.get_device())
-    plan = plan_forward(problem, device)
+    plan = plan_forward(problem, find_device(x.get_device()))
     if plan is None:
         raise ValueError(_too_large(height, width))
-    defines = forward_defines(problem.rank, channels, x.dtype, dt_weight.dtype, out_dtype, plan)
-    source = forward_source(plan)
+    prepared = _prepare(plan, problem, channels, x.dtype, dt_weight.dtype, out_dtype, x.get_device())
     x, projected, *weights = (nvrtc.aligned(t) for t in (x, projected, dt_weight, dt_bias, A, D))
+    workspace = [x.new_empty(prepared.floats, dtype=torch.float32)] if prepared.floats else []
     parts: Iterable[tuple[Tensor, ...]] = ((x, projected, y),)
-    workspace = []
-    if isinstance(plan, TilePlan):
-        images = plan.images_at_once(problem, device)
-        workspace = [x.new_empty(plan.workspace_floats(problem._replace(batch=images)), dtype=torch.float32)]
-        parts = zip(*(t.split(images) for t in (x, projected, y)), strict=True)
+    if prepared.images < len(x):
+        parts = zip(*(t.split(prepared.images) for t in (x, projected, y)), strict=True)
     for some_x, some_projected, some_y in parts:
-        part = problem._replace(batch=len(some_x))
-        sizes = (part.batch, part.height, part.width, channels, int(part.columns), *plan.geometry(part))
-        for launch in find_launches(plan, part):
-            nvrtc.get_kernel(source, launch.kernel, defines, x.device).launch(
+        for kernel, launch, sizes in prepared.launches[len(some_x)]:
+            kernel.launch(
                 (launch.blocks, 1, 1),
                 launch.threads,
                 [some_x, some_projected, *weights, some_y, *workspace, *sizes],
