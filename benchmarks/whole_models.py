@@ -15,6 +15,7 @@ import csv
 import itertools
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,7 +27,7 @@ from vmamba.analysis.throughput import CompileMode, Measurement, Precision, Runn
 RESULTS = Path(__file__).parent / "results" / "whole_models.csv"
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "growth"
 SWIN = "swin_{}_patch4_window7_224"
-FIGURES = ("inference", "training", "latency", "growth", "detection")
+FIGURES = ("inference", "training", "checkpointing", "latency", "growth", "detection")
 # Side: batch, of about the same number of pixels.
 GROWTH = {224: 128, 384: 43, 512: 24, 768: 11, 1024: 6}
 
@@ -48,6 +49,9 @@ def rows_of(figure: str, size: str, compiled: CompileMode, sides: list[int]) -> 
         return [row(trio)]
     if figure == "training":
         return [row(trio, **training)]
+    if figure == "checkpointing":
+        peer, workloads = row([ours, swin], **training)
+        return [(peer, [replace(w, gradient_checkpointing=on) for w in workloads for on in (False, True)])]
     if figure == "latency":
         return [row(trio, batch_size=1)]
     if figure == "growth":
@@ -63,8 +67,9 @@ def show(results: list[Measurement]) -> None:
     for m in results:
         w = m.workload
         height, width = w.img_size
+        form = " fused" if w.fused else " checkpointed" if w.gradient_checkpointing else ""
         print(
-            f"{w.model + (' fused' if w.fused else ''):32} {w.mode:9} {w.compiled} {height}x{width} b{w.batch_size:<4}",
+            f"{w.model + form:32} {w.mode:9} {w.compiled} {height}x{width} b{w.batch_size:<4}",
             f"{m.median_ms:9.3f} ms ±{m.spread:.1%} {m.images_per_second:9.1f} img/s {m.peak_memory_mib or 0:8.0f} MiB",
             f"first call {m.first_call_s:5.1f} s  ratio {m.ratio or 0:.3f}",
             flush=True,

@@ -31,6 +31,30 @@ def test_a_training_step_leaves_gradients_and_inference_none() -> None:
         assert all((p.grad is not None) == expected for p in runner.model.parameters())
 
 
+def test_gradient_checkpointing_is_for_training_and_gives_the_same_gradients() -> None:
+    plain, recomputed = (
+        throughput.Runner(replace(SMALL, mode="training", gradient_checkpointing=on), torch.device("cpu"))
+        for on in (False, True)
+    )
+    recomputed.model.load_state_dict(plain.model.state_dict())
+    recomputed.images, recomputed.targets = plain.images, plain.targets
+    kept = []
+    for runner in (plain, recomputed):
+        bytes_kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=bytes_kept: kept.append(t.nbytes) or t, lambda t: t
+        ):
+            runner.step()
+        kept.append(sum(bytes_kept))
+    for one, other in zip(plain.model.parameters(), recomputed.model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert kept[0] > 0
+    with pytest.raises(ValueError, match="inference has no gradient checkpointing: it is for training"):
+        throughput.Runner(replace(SMALL, gradient_checkpointing=True), torch.device("cpu"))
+    measured = measure([replace(SMALL, mode="training", gradient_checkpointing=True)], "cpu", rounds=1)
+    assert rows(measured, "cpu")[0]["gradient_checkpointing"] is True
+
+
 def test_autocast_keeps_float32_weights_and_plain_bfloat16_does_not() -> None:
     for precision, dtype in (("autocast-bfloat16", torch.float32), ("bfloat16", torch.bfloat16)):
         runner = throughput.Runner(replace(SMALL, precision=precision), torch.device("cpu"))

@@ -41,6 +41,7 @@ class Workload:
         mode: a forward pass in evaluation mode, or forward, cross-entropy and backward.
         memory_format: of the images and the convolutions' weights.
         fused: the inference form that `vmamba.fuse` makes; our models only.
+        gradient_checkpointing: whether training recomputes the insides of blocks in the backward pass, to save memory.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Workload:
     mode: Mode = "inference"
     memory_format: Literal["channels_last", "contiguous"] = "channels_last"
     fused: bool = False
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,11 @@ class Runner:
         model = build(workload.model, workload.img_size).to(device)
         self.params = sum(p.numel() for p in model.parameters())  # before fusing, which leaves buffers
         model = _fused(model, workload, dtype) if workload.fused else model.to(dtype).train(training)
+        if workload.gradient_checkpointing:
+            if not training or not hasattr(model, "set_grad_checkpointing"):
+                what = workload.model if training else "inference"
+                raise ValueError(f"{what} has no gradient checkpointing: it is for training with models that offer it")
+            model.set_grad_checkpointing()  # type: ignore[operator]
         memory_format = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
         self.model = model.to(memory_format=memory_format[workload.memory_format])
         images = torch.randn(workload.batch_size, 3, *workload.img_size, device=device, dtype=dtype)
@@ -243,12 +250,10 @@ def rows(measurements: Iterable[Measurement], device: torch.device | str) -> lis
     for m in measurements:
         workload = asdict(m.workload)
         height, width = workload.pop("img_size")
-        memory_format = workload.pop("memory_format")
+        last = {name: workload.pop(name) for name in ("memory_format", "gradient_checkpointing")}
         measured = {f.name: getattr(m, f.name) for f in fields(m) if f.name != "workload"}
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in measured.items()}
-        result.append(
-            {**workload, "height": height, "width": width, **rounded, **facts, "memory_format": memory_format}
-        )
+        result.append({**workload, "height": height, "width": width, **rounded, **facts, **last})
     return result
 
 

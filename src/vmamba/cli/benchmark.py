@@ -29,6 +29,7 @@ class BenchmarkOptions:
             max-autotune-no-cudagraphs).
         modes: inference (a forward pass) or training (forward, cross-entropy and backward).
         fused: Time our models for inference in the form that `vmamba.fuse` makes.
+        gradient_checkpointing: Recompute the insides of blocks in the backward pass of training, to save memory.
         device: cpu, cuda, or auto for the best there is.
         rounds: Turns each model takes; the median is reported.
         seconds_a_round: About how long a turn lasts.
@@ -45,6 +46,7 @@ class BenchmarkOptions:
     compiled: list[str] | None = None
     modes: list[str] = field(default_factory=lambda: ["inference"])
     fused: bool = False
+    gradient_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rounds: int = 10
     seconds_a_round: float = 0.3
@@ -120,11 +122,24 @@ def _groups(options: BenchmarkOptions, device: str) -> list[list[Workload]]:
     own = set(list_models(published=True)) if options.fused else set()
     return [
         [
-            Workload(name, size, batch, precision, how, mode, fused=name in own and mode == "inference")  # type: ignore[arg-type]
+            Workload(
+                name,
+                size,
+                batch,
+                precision,  # type: ignore[arg-type]
+                how,  # type: ignore[arg-type]
+                mode,  # type: ignore[arg-type]
+                fused=name in own and mode == "inference",
+                gradient_checkpointing=options.gradient_checkpointing and mode == "training",
+            )
             for name in names
         ]
         for size, batch, precision, how, mode in conditions
     ]
+
+
+def _form(workload: Workload) -> str:
+    return ", fused" if workload.fused else ", checkpointed" if workload.gradient_checkpointing else ""
 
 
 def _size(text: int | str) -> tuple[int, int]:
@@ -150,7 +165,7 @@ def _print(measurements: Sequence[Measurement], peer: str, console: Any) -> None
             column.justify = "right"
         for m in group:
             table.add_row(
-                m.workload.model + (", fused" if m.workload.fused else ""),
+                m.workload.model + _form(m.workload),
                 str(m.workload.batch_size),
                 f"{m.median_ms:.2f}",
                 f"{m.spread:.0%}",
