@@ -223,3 +223,17 @@ def test_copies_and_gradients_are_refused():
         fused(images)
     with torch.no_grad():
         fused(images)
+
+
+@torch.no_grad()
+def test_an_empty_batch_autocast_and_what_is_no_model():
+    fused = fuse_for_cpu(make())
+    assert fused(torch.randn(0, 3, 64, 64)).shape == (0, 10)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match="computes in float32, and met a map in bfloat16; call it without autocast"),
+    ):
+        fused(torch.randn(1, 3, 64, 64))
+    for wrong in ("vmamba_tiny", nn.ReLU(), nn.Sequential(make())):
+        with pytest.raises(TypeError, match="fuse takes a VMamba, out of any wrapper; got"):
+            vmamba.fuse(wrong)

@@ -23,8 +23,11 @@ def fuse(model: VMamba, dtype: torch.dtype | None = None) -> nn.Module:
         results are as near to those of the model in float64 as the model's own in that dtype.
 
     Raises:
+        TypeError: what is given is not a VMamba.
         ValueError: the model, its device or the dtype has no such form; says which and why.
     """
+    if not isinstance(model, VMamba):
+        raise TypeError(f"fuse takes a VMamba, out of any wrapper; got {type(model).__name__}")
     device = next(model.parameters()).device
     if device.type == "cpu":
         from vmamba.models.fused_cpu import fuse_for_cpu

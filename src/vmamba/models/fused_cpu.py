@@ -6,6 +6,7 @@ call. Here that is done once. All else is the model as it was, so its methods st
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,11 @@ class PackedLinear(nn.Module):
             raise RuntimeError(
                 "a model fused for the CPU has no gradients; call it under torch.no_grad(), or take the model it was"
                 " made from"
+            )
+        if x.dtype != self.dtype:
+            raise ValueError(
+                f"a model fused for the CPU computes in {str(self.dtype)[6:]}, and met a map in {str(x.dtype)[6:]};"
+                " call it without autocast"
             )
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.epilogue)
         return y
@@ -98,7 +104,7 @@ class FusedSS2D(nn.Module):
             z = self.gate_act(z)
         if self.conv2d is not None:
             x = self.conv2d(x)
-        x = self.act(x).reshape(B, H * W, -1)
+        x = self.act(x).flatten(1, 2)
         y = ss2d_scan(
             x,
             self.x_proj(x),
@@ -109,7 +115,7 @@ class FusedSS2D(nn.Module):
             out_dtype=x.dtype,
             backend=self.backend,
         )
-        y = self.out_act(self.out_norm(y.view(B, H, W, -1)).to(x.dtype))
+        y = self.out_act(self.out_norm(y.view(B, H, W, y.shape[-1])).to(x.dtype))
         if z is not None:
             y = y * z
         result: Tensor = self.out_proj(y)
@@ -162,8 +168,12 @@ def fuse_for_cpu(model: VMamba, dtype: torch.dtype = torch.float32) -> VMamba:
     _cast(fused, dtype)
     for part in (fused.patch_embed, fused.layers):
         _replace(part)
-    fused.patch_embed.register_forward_pre_hook(lambda module, args: (args[0].to(dtype),))
+    fused.patch_embed.register_forward_pre_hook(partial(_cast_images, dtype))
     return fused
+
+
+def _cast_images(dtype: torch.dtype, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    return (args[0].to(dtype),)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
