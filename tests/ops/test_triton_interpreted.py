@@ -38,7 +38,7 @@ def _ss2d_inputs(B: int, L: int, E: int, K: int, R: int, N: int, dtype: torch.dt
 @pytest.mark.parametrize(
     ("routes", "flip_back", "height", "width", "E", "R", "N", "deterministic"),
     [
-        ("cross2d", True, 3, 4, 20, 2, 1, False),  # chunks and a ragged last tile
+        ("cross2d", True, 5, 7, 20, 2, 1, False),  # several chunks, and a ragged last tile
         ("cross2d", True, 3, 2, 33, 3, 1, True),  # two blocks of channels, lines shorter than a tile
         ("columns", False, 9, 1, 20, 1, 1, False),
         ("rows", True, 1, 1, 20, 1, 1, False),
