@@ -88,13 +88,17 @@ def test_add_norm_says_what_is_wrong() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
 @pytest.mark.skipif(nvrtc.compiler_unavailable() is not None, reason=f"{nvrtc.compiler_unavailable()}")
 @pytest.mark.parametrize(("channels", "capability"), [(96, (9, 0)), (40, (8, 0)), (1024, (10, 0))], ids=str)
-@pytest.mark.parametrize("skip", [True, False])
-def test_the_backward_compiles_for_every_architecture(channels: int, capability: tuple[int, int], skip: bool) -> None:
-    plan = cuda_kernels.plan_rows(channels)
-    defines = cuda_kernels.backward_defines(channels, torch.bfloat16, skip, plan)
-    cubin = nvrtc.compile_cubin(cuda_kernels.source(), capability, defines, use_cache=False)
-    assert b"layer_norm_backward\0" in cubin
-    assert b"layer_norm_sums\0" in cubin
+@pytest.mark.parametrize("skip", [True, False, None])
+def test_the_kernels_compile_for_every_architecture(
+    channels: int, capability: tuple[int, int], skip: bool | None
+) -> None:
+    direction = "forward" if skip is None else "backward"
+    plan = cuda_kernels.plan_rows(channels, skip is not None)
+    defines = cuda_kernels.row_defines(channels, torch.bfloat16, plan)
+    defines += () if skip is None else (("SKIP", int(skip)),)
+    cubin = nvrtc.compile_cubin(cuda_kernels.source(direction), capability, defines, use_cache=False)
+    assert f"layer_norm_{direction}\0".encode() in cubin
+    assert (b"layer_norm_sums\0" in cubin) == (skip is not None)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
@@ -153,6 +157,30 @@ def test_gradients_of_16_bit_rows(
     for name, actual, exact, plain in zip(["x", "gamma", "beta"], ours, *results, strict=True):
         assert_accurate(actual, plain.to(actual.dtype), exact, name)
     assert all(torch.equal(a, b) for a, b in zip(ours, run(), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("differentiates", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 8), (37, 40), (2, 57, 3, 192), (401408, 96), (9, 1024), (300, 1536)])
+def test_eager_forward_of_16_bit_rows(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    differentiates: bool,
+    assert_accurate: Callable[..., None],
+    nan_filled_memory: None,
+) -> None:
+    x, (gamma, beta), _ = make(shape, "cuda")
+    x = (3 * x + 5).to(dtype)  # far from zero
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        with torch.set_grad_enabled(differentiates):
+            y = layer_norm(x, gamma.requires_grad_(differentiates), beta, 1e-5, dtype)
+        torch.cuda.synchronize()
+    kernels = {event.name for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA}
+    assert "layer_norm_forward" in kernels
+    assert y.requires_grad == differentiates
+    exact, plain = (F.layer_norm(x.to(t), shape[-1:], gamma.to(t), beta.to(t)) for t in (torch.float64, torch.float32))
+    assert_accurate(y.detach(), plain.detach().to(dtype), exact.detach())
 
 
 @pytest.mark.gpu

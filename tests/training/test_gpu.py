@@ -1,11 +1,14 @@
 """Training on a GPU: every precision, compiled or not, learns; an interrupted run in float16 keeps its loss scale."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from runs import assert_same, quiet, recipe, state_of
 
 from vmamba.models.registry import create_model
 from vmamba.training import classification
+from vmamba.training.agreement import Agreement
 from vmamba.training.checkpointing import CheckpointFolder, read_checkpoint_folder
 from vmamba.training.engine import train
 from vmamba.training.guards import TrainingFailedError
@@ -78,3 +81,29 @@ def test_maps_that_a_compiled_model_keeps_have_their_channels_together():
     maps = [t for t in kept if t.ndim == 4 and t.shape[0] == 2 and t.shape[1] != 3 and min(t.shape[1:]) > 1]
     assert maps
     assert not [(m.shape, m.stride()) for m in maps if m.shape[m.stride().index(1)] not in channels]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradient_checkpointing_gives_the_same_gradients(precision):
+    model = create_model("vmamba_tiny", depths=(1, 1, 1, 1), drop_path_rate=0.0).cuda().train()
+    images, found = torch.randn(2, 3, 64, 96, device="cuda"), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images)
+        logits.square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        model.zero_grad()
+    plain, checkpointed = found
+    for name, grad in plain.items():
+        assert (checkpointed[name] - grad).norm() <= 1e-3 * grad.norm(), name  # sums of scans come in any order
+
+
+def test_what_is_read_does_not_wait_for_what_was_launched_later():
+    alone = SimpleNamespace(device=torch.device("cuda"), process_index=0, num_processes=1)
+    totals = Agreement(alone).adding([torch.full((), 3.0, device="cuda")], [4.0])
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    later = torch.cuda.Event()
+    later.record()
+    assert totals.read() == [3.0, 4.0]
+    assert not later.query()

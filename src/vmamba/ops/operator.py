@@ -51,7 +51,7 @@ class Operator:
             raise RuntimeError(f"{self.name} is for inference and has no gradients; call it under torch.no_grad()")
         if torch.compiler.is_compiling():
             return self.registered(*args)
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if _is_transformed():
             return self._transformed.apply(*args)
         if _is_watched(args):
             return self.registered(*args)
@@ -134,6 +134,15 @@ def _nothing(*_: Any, **__: Any) -> None:
 def operator(name: str, *, gives_gradients: bool = False) -> Callable[[Callable[..., Any]], Operator]:
     """Register a function as an operator; a decorator."""
     return lambda compute: Operator(name, compute, gives_gradients)
+
+
+def nothing_watches(*args: Any) -> bool:
+    """Whether nothing but autograd sees what is computed: no compiler, exporter, transform, mode or subclass."""
+    return not (torch.compiler.is_compiling() or _is_transformed() or _is_watched(args))
+
+
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _is_watched(args: tuple[Any, ...]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as distributed
@@ -14,20 +14,28 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Totals(NamedTuple):
-    """Sums over all processes.
+class Totals:
+    """Sums over all processes; on a GPU they are on their way to the host as soon as this is made.
 
     Attributes:
         on_device: Those of the scalars given on the device come first.
         on_host: What follows them, where that never left the host.
     """
 
-    on_device: Tensor | None
-    on_host: tuple[float, ...] = ()
+    def __init__(self, on_device: Tensor | None, on_host: tuple[float, ...] = ()) -> None:
+        self.on_device, self.on_host = on_device, on_host
+        self._copied, self._arrived = on_device, None
+        if on_device is not None and on_device.is_cuda:
+            self._copied = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+            self._copied.copy_(on_device, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(on_device.device))
 
     def read(self) -> list[float]:
-        """Return them all; waits for the device."""
-        return [*([] if self.on_device is None else self.on_device.tolist()), *self.on_host]
+        """Return them all; waits for the device, but not for what it was given to do after them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [*([] if self._copied is None else self._copied.tolist()), *self.on_host]
 
 
 class Agreement:
@@ -51,7 +59,9 @@ class Agreement:
         if on_host and self.processes == 1:
             return Totals(values[0] if values else None, tuple(on_host))
         if on_host:
-            values.append(torch.tensor(on_host, dtype=torch.float64).to(self.device, non_blocking=True))
+            # From pinned memory: else the copy might wait for all that the device has been given.
+            pinned = torch.tensor(on_host, dtype=torch.float64, pin_memory=self.device.type == "cuda")
+            values.append(pinned.to(self.device, non_blocking=True))
         vector = torch.cat(values)
         if self.processes > 1:
             distributed.all_reduce(vector)

@@ -1,8 +1,8 @@
 """LayerNorm over channels: its result in the dtype wanted, its backward pass in one kernel; and sums with their norm.
 
 On a GPU with Triton the backward pass is `cuda_kernels` for 16-bit rows and `triton_kernels` for all others; everywhere
-else it is torch's. The forward pass is torch's
-own operator in either case, so that a compiler can fuse it with what comes before.
+else it is torch's. The forward pass is torch's own operator where a compiler can fuse it with what comes before; in eager
+mode, where that is a conversion to float32, the norm and a conversion back, `cuda_kernels` takes 16-bit rows in one.
 """
 
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba.ops.layer_norm import cuda_kernels
-from vmamba.ops.operator import operator
+from vmamba.ops.operator import nothing_watches, operator
 
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -126,7 +126,15 @@ def _takes_kernel(x: Tensor) -> bool:
     return x.is_cuda and _HAS_TRITON and torch.is_grad_enabled() and x.dtype != torch.float64
 
 
+def _takes_forward(x: Tensor, gamma: Tensor, out_dtype: torch.dtype) -> bool:
+    # What a compiler, an exporter or a counter sees stays torch's operator, which they know.
+    return x.is_cuda and x.dtype == out_dtype and nothing_watches(x, gamma) and cuda_kernels.why_not_forward(x) is None
+
+
 def _plain(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    if not torch.is_grad_enabled() and _takes_forward(x, gamma, out_dtype):
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return cuda_kernels.forward(rows, gamma, beta, eps)[0].view(x.shape)
     if x.device.type == "cpu" and x.dtype == out_dtype == torch.bfloat16 and not torch.compiler.is_compiling():
         # torch's kernel there reads 16 bits beside float32 weights: one pass instead of three.
         return F.layer_norm(x, gamma.shape, gamma.float(), beta.float(), eps).to(out_dtype)
@@ -138,7 +146,11 @@ def _plain(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.
 def _normalise(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     # Rows, not maps: inductor writes what it keeps of four dimensions beside a convolution in the order (B, W, C, H).
     rows = x.reshape(-1, x.shape[-1])
-    y, mean, rstd = torch.native_layer_norm(rows.float(), gamma.shape, gamma.float(), beta.float(), eps)
+    if _takes_forward(x, gamma, out_dtype):
+        rows = rows.contiguous()
+        y, mean, rstd = cuda_kernels.forward(rows, gamma, beta, eps)
+    else:
+        y, mean, rstd = torch.native_layer_norm(rows.float(), gamma.shape, gamma.float(), beta.float(), eps)
     y = y.view(x.shape)
     ctx.save_for_backward(rows, gamma, mean, rstd)
     ctx.beta_dtype = beta.dtype

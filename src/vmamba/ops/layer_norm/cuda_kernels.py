@@ -1,4 +1,4 @@
-"""The backward pass of LayerNorm as hand-laid CUDA, compiled at run time: 16-bit rows of a multiple of 8 channels."""
+"""LayerNorm in both directions as hand-laid CUDA, compiled at run time: 16-bit rows of a multiple of 8 channels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from vmamba.ops import nvrtc
 from vmamba.ops.cuda_source import read_source
 
+_DTYPES = (torch.bfloat16, torch.float16)
 _UNIT = 8  # channels that a thread loads at once
 _WIDEST = 32 * 6 * _UNIT  # channels: with more, a thread runs out of registers
 _THREADS, _REGISTERS = 128, 65536
@@ -32,7 +33,7 @@ class Plan(NamedTuple):
     blocks: int
 
 
-def plan_rows(channels: int) -> Plan:
+def plan_rows(channels: int, backward: bool = True) -> Plan:
     """Choose the threads a row: the fewest idle, then three chunks each or two, as measured (docs/performance.md)."""
     units = -(-channels // _UNIT)
 
@@ -42,19 +43,25 @@ def plan_rows(channels: int) -> Plan:
 
     lanes = min((n for n in (1, 2, 4, 8, 16, 32) if -(-units // n) <= 6), key=cost)
     chunks = -(-units // lanes)
-    # A chunk takes about 40 registers: sums, weights and what has been loaded.
-    return Plan(lanes, chunks, min(max(_REGISTERS // (_THREADS * (40 + 40 * chunks)), 2), 6))
+    # A chunk takes about 40 registers, or 30: sums or results, weights and what has been loaded.
+    registers = 40 + (40 if backward else 30) * chunks
+    return Plan(lanes, chunks, min(max(_REGISTERS // (_THREADS * registers), 2), 6))
 
 
 def why_not(dy: Tensor, skip: Tensor | None, x: Tensor) -> str | None:
-    """Say why the kernel cannot take rows, or return None when it can."""
+    """Say why the backward pass cannot take rows, or return None when it can."""
+    if x.dtype in _DTYPES and any(t is not None and t.dtype != x.dtype for t in (dy, skip)):
+        return "the CUDA kernel takes gradients of x's dtype."
+    return why_not_forward(x)
+
+
+def why_not_forward(x: Tensor) -> str | None:
+    """Say why the forward pass cannot take rows, or return None when it can."""
     unavailable = nvrtc.compiler_unavailable()
     if unavailable is not None:
         return unavailable
-    if x.dtype not in (torch.bfloat16, torch.float16):
+    if x.dtype not in _DTYPES:
         return f"the CUDA kernel takes bfloat16 or float16 rows, and x is {x.dtype}."
-    if any(t is not None and t.dtype != x.dtype for t in (dy, skip)):
-        return "the CUDA kernel takes gradients of x's dtype."
     if x.shape[-1] % _UNIT or x.shape[-1] > _WIDEST:
         return f"the CUDA kernel takes a multiple of {_UNIT} channels up to {_WIDEST}, and x has {x.shape[-1]}."
     if not x.is_cuda:
@@ -62,40 +69,58 @@ def why_not(dy: Tensor, skip: Tensor | None, x: Tensor) -> str | None:
     return nvrtc.device_unfit(x.device)
 
 
-def source() -> str:
-    """Give the text of the kernels."""
-    return read_source("vmamba.ops.layer_norm", "layer_norm_backward.cu")
+def source(direction: str = "backward") -> str:
+    """Give the text of the kernels of a direction, "forward" or "backward"."""
+    return read_source("vmamba.ops.layer_norm", "rows.cuh", f"layer_norm_{direction}.cu")
 
 
-def backward_defines(channels: int, dtype: torch.dtype, skip: bool, plan: Plan) -> tuple[nvrtc.Define, ...]:
-    """Give the compile-time parameters."""
+def row_defines(channels: int, dtype: torch.dtype, plan: Plan) -> tuple[nvrtc.Define, ...]:
+    """Give the compile-time parameters of either direction."""
     return (
         ("BF16", int(dtype == torch.bfloat16)),
         ("CHANNELS", channels),
         ("LANES", plan.lanes),
         ("CHUNKS", plan.chunks),
-        ("SKIP", int(skip)),
         ("THREADS", _THREADS),
         ("BLOCKS", plan.blocks),
     )
 
 
 class _Prepared(NamedTuple):
-    """What a launch takes beside tensors: both kernels, the rows of a block at least, and the most blocks."""
+    """What a launch takes beside tensors: its kernels, the rows of a block at least, and the most blocks."""
 
-    main: nvrtc.Kernel
-    sums: nvrtc.Kernel
+    kernels: tuple[nvrtc.Kernel, ...]
     rows: int
     blocks: int
 
+    def blocks_for(self, rows: int) -> int:
+        """Blocks to launch."""
+        return min(-(-rows // self.rows), self.blocks)
+
 
 @functools.cache
-def _prepare(channels: int, dtype: torch.dtype, skip: bool, index: int) -> _Prepared:
-    plan, device = plan_rows(channels), torch.device("cuda", index)
-    defines = backward_defines(channels, dtype, skip, plan)
-    main, sums = (nvrtc.get_kernel(source(), f"layer_norm_{name}", defines, device) for name in ("backward", "sums"))
+def _prepare(channels: int, dtype: torch.dtype, skip: bool | None, index: int) -> _Prepared:
+    """Build the forward pass, or, with `skip`, the backward pass that has a gradient round the norm or has none."""
+    backward = skip is not None
+    plan, device = plan_rows(channels, backward), torch.device("cuda", index)
+    defines = row_defines(channels, dtype, plan) + ((("SKIP", int(bool(skip))),) if backward else ())
+    direction, names = ("backward", ("backward", "sums")) if backward else ("forward", ("forward",))
+    kernels = tuple(nvrtc.get_kernel(source(direction), f"layer_norm_{name}", defines, device) for name in names)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return _Prepared(main, sums, _FEWEST * (_THREADS // plan.lanes), processors * plan.blocks)
+    return _Prepared(kernels, (_FEWEST if backward else 1) * (_THREADS // plan.lanes), processors * plan.blocks)
+
+
+def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise contiguous rows x [M, D]; return them, and mean and 1 / deviation [M] in float32 for `backward`."""
+    M, D = x.shape
+    y = torch.empty_like(x)
+    mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) for _ in range(2))
+    if M:
+        prepared = _prepare(D, x.dtype, None, x.get_device())
+        weights = [gamma.float().contiguous(), beta.float().contiguous()]
+        arguments = [nvrtc.aligned(x), *weights, y, mean, rstd, eps, M]
+        prepared.kernels[0].launch((prepared.blocks_for(M), 1, 1), _THREADS, arguments)
+    return y, mean, rstd
 
 
 def backward(
@@ -108,10 +133,11 @@ def backward(
     if M == 0:
         return dx, dgamma.zero_(), dbeta.zero_()
     prepared = _prepare(D, x.dtype, skip is not None, x.get_device())
-    blocks = min(-(-M // prepared.rows), prepared.blocks)
+    blocks = prepared.blocks_for(M)
     partial = torch.empty(blocks, 2, D, dtype=torch.float32, device=x.device)
     skip = None if skip is None else nvrtc.aligned(skip)
     arguments = [nvrtc.aligned(dy), skip, nvrtc.aligned(x), mean, rstd, gamma.float(), dx, partial, M]
-    prepared.main.launch((blocks, 1, 1), _THREADS, arguments)
-    prepared.sums.launch((-(-2 * D // _SUM_COLUMNS), 1, 1), _SUM_THREADS, [partial, dgamma, dbeta, blocks])
+    main, sums = prepared.kernels
+    main.launch((blocks, 1, 1), _THREADS, arguments)
+    sums.launch((-(-2 * D // _SUM_COLUMNS), 1, 1), _SUM_THREADS, [partial, dgamma, dbeta, blocks])
     return dx, dgamma, dbeta

@@ -97,12 +97,12 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-    x, w1, b1, w2 = ctx.saved_tensors
-    dy = dy.to(x.dtype)
+    x, w1, b1, w2 = ctx.saved_tensors  # once: gradient checkpointing gives them out a single time
+    shape, dy = x.shape, dy.to(x.dtype)
     dx, hidden, dpre, db1 = _mlp_backward(dy, x, w1, b1, w2)
     x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     # What is left are two products over all positions, which cuBLAS does best.
-    return dx.view(ctx.saved_tensors[0].shape), dpre.T @ x, db1, dy.T @ hidden, dy.sum(0, dtype=torch.float32)
+    return dx.view(shape), dpre.T @ x, db1, dy.T @ hidden, dy.sum(0, dtype=torch.float32)
 
 
 _mlp.register_autograd(_backward, _setup_context)
