@@ -1,8 +1,8 @@
 """LayerNorm over channels: its result in the dtype wanted, its backward pass in one kernel; and sums with their norm.
 
 On a GPU with Triton the backward pass is `cuda_kernels` for 16-bit rows and `triton_kernels` for all others; everywhere
-else it is torch's. The forward pass is torch's own operator where a compiler can fuse it with what comes before; in eager
-mode, where that is a conversion to float32, the norm and a conversion back, `cuda_kernels` takes 16-bit rows in one.
+else it is torch's. The forward pass is torch's own operator where a compiler can fuse it with what comes before. In
+eager mode that is a conversion to float32, the norm and a conversion back: there `cuda_kernels` takes 16-bit rows.
 """
 
 from importlib.util import find_spec

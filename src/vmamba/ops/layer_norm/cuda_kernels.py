@@ -118,7 +118,7 @@ def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor,
     if M:
         prepared = _prepare(D, x.dtype, None, x.get_device())
         weights = [gamma.float().contiguous(), beta.float().contiguous()]
-        arguments = [nvrtc.aligned(x), *weights, y, mean, rstd, eps, M]
+        arguments: list[nvrtc.Argument] = [nvrtc.aligned(x), *weights, y, mean, rstd, eps, M]
         prepared.kernels[0].launch((prepared.blocks_for(M), 1, 1), _THREADS, arguments)
     return y, mean, rstd
 
