@@ -169,15 +169,15 @@ def test_eager_forward_of_16_bit_rows(
     differentiates: bool,
     assert_accurate: Callable[..., None],
     nan_filled_memory: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x, (gamma, beta), _ = make(shape, "cuda")
     x = (3 * x + 5).to(dtype)  # far from zero
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
-        with torch.set_grad_enabled(differentiates):
-            y = layer_norm(x, gamma.requires_grad_(differentiates), beta, 1e-5, dtype)
-        torch.cuda.synchronize()
-    kernels = {event.name for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA}
-    assert "layer_norm_forward" in kernels
+    launched, forward = [], cuda_kernels.forward
+    monkeypatch.setattr(cuda_kernels, "forward", lambda *rest: launched.append(rest) or forward(*rest))
+    with torch.set_grad_enabled(differentiates):
+        y = layer_norm(x, gamma.requires_grad_(differentiates), beta, 1e-5, dtype)
+    assert launched
     assert y.requires_grad == differentiates
     exact, plain = (F.layer_norm(x.to(t), shape[-1:], gamma.to(t), beta.to(t)) for t in (torch.float64, torch.float32))
     assert_accurate(y.detach(), plain.detach().to(dtype), exact.detach())

@@ -58,8 +58,8 @@ def test_an_eager_call_does_without_the_dispatcher(monkeypatch: pytest.MonkeyPat
     def refuse(*_: Any) -> None:
         raise AssertionError("the registered operator was called")
 
-    monkeypatch.setattr(api._ss2d_scan, "registered", refuse)
-    monkeypatch.setattr(api._ss2d_scan_backward, "registered", refuse)
+    monkeypatch.setattr(api.scan_operator, "registered", refuse)
+    monkeypatch.setattr(api.scan_gradients, "registered", refuse)
     scan(inputs()).sum().backward()
     with torch.inference_mode():
         scan(inputs(requires_grad=False))

@@ -32,16 +32,16 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Normalise (..., C), rounded once to `dtype` if one is asked for."""
-        if dtype is None and (dtype := _autocast_dtype(x)) is not None:
+        if dtype is None and (dtype := autocast_dtype(x)) is not None:
             dtype = torch.bfloat16 if dtype == torch.bfloat16 and not self.keep_float32 else torch.float32
         return layer_norm(x, self.weight, self.bias, self.eps, dtype or x.dtype)
 
     def with_skip(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return x for the residual and its norm in the dtype that products run in; see `skip_norm`."""
-        return skip_norm(x, self.weight, self.bias, self.eps, _autocast_dtype(x) or x.dtype)
+        return skip_norm(x, self.weight, self.bias, self.eps, autocast_dtype(x) or x.dtype)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Give the dtype that autocast brings products of x to, or None where it leaves them alone."""
     kind = x.device.type
     # Meta tensors have no autocast, and asking torch.amp which devices have breaks the graph in torch 2.11.
@@ -119,10 +119,15 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, ...) with some images' branches zeroed, in training only."""
+        factors = self.draw(x)
+        return x if factors is None else x * factors
+
+    def draw(self, x: Tensor, *branches: int) -> Tensor | None:
+        """Draw what (B, ...) is multiplied by, (*branches, B, 1, ...) of its dtype; None where that is one."""
         if self.rate == 0.0 or not self.training:
-            return x
+            return None
         # Dropout of ones: compilers draw the numbers of all branches in one kernel, where each `bernoulli_` is its own.
-        return x * F.dropout(x.new_ones((x.shape[0],) + (1,) * (x.ndim - 1)), self.rate)
+        return F.dropout(x.new_ones((*branches, x.shape[0]) + (1,) * (x.ndim - 1)), self.rate)
 
     def extra_repr(self) -> str:
         """Tell the rate."""
@@ -143,7 +148,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
         fc1, fc2 = self.fc1, self.fc2
-        if self._is_plain() and takes_mlp(x, fc1.out_features):
+        if self.is_plain() and takes_mlp(x, fc1.out_features):
             return mlp(x, fc1.weight.to(x.dtype), fc1.bias, fc2.weight.to(x.dtype), fc2.bias)
         x = self.fc1(x)
         if self.gated:
@@ -151,7 +156,7 @@ class Mlp(nn.Module):
             return self.drop(self.fc2(x * self.act(z)))
         return self.drop(self.fc2(self.drop(self.act(x))))
 
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether this is fc1, GELU, fc2 and nothing else: no replaced layer, and no hook that would not be called."""
         parts = (self.fc1, self.act, self.fc2)
         return (
@@ -184,7 +189,7 @@ class OverlapStem(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, C, H, W) to (B, H / 4, W / 4, D)."""
         first: Any = list(self)[:5]
-        dtype = _autocast_dtype(x) or x.dtype
+        dtype = autocast_dtype(x) or x.dtype
         if not _is_first_layer(first) or not takes_first_layer(x, dtype, first[0].out_channels):
             y: Tensor = super().forward(x)
             return y

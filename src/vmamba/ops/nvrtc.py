@@ -10,16 +10,17 @@ import ctypes
 import functools
 import hashlib
 import os
+import struct
 import sys
 import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-Argument = torch.Tensor | int | float | None | ctypes.Structure | ctypes.c_longlong | ctypes.c_float
+Argument: TypeAlias = "torch.Tensor | int | float | Numbers | ctypes.Structure | None"
 Define = tuple[str, int | str]
 
 _OPTIONS = ("--std=c++17", "--ftz=true", "--extra-device-vectorization", "-default-device")
@@ -214,19 +215,70 @@ class _LaunchConfig(ctypes.Structure):
     )
 
 
-def _as_ctypes(argument: Argument) -> object:
-    # In the order of how often they come: this is most of what a launch costs the host.
-    if isinstance(argument, torch.Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, int):
-        if not -(2**31) <= argument < 2**31:
-            raise ValueError(f"integer argument {argument} does not fit in 32 bits; pass a ctypes.c_longlong")
-        return ctypes.c_int(argument)
-    if argument is None:
-        return ctypes.c_void_p(0)
-    if isinstance(argument, float):
-        return ctypes.c_float(argument)
-    return argument
+class Numbers:
+    """Integers of 32 bits, arguments one after the other, that a kernel is launched with again and again."""
+
+    def __init__(self, *values: int) -> None:
+        self.layout, self.values = "i" * len(values), values
+
+
+class _Arguments(threading.local):
+    """Where a thread lays out what it launches with: the driver copies it before a launch returns."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[str, tuple[struct.Struct, Any, Any]] = {}
+        self.attribute = _LaunchAttribute(id=_LAUNCH_CLUSTER_DIMENSION)
+        self.attribute.value[1] = self.attribute.value[2] = 1
+        self.config = _LaunchConfig(attributes=ctypes.pointer(self.attribute), attribute_count=1)
+        self.config.block[1] = self.config.block[2] = 1
+
+    def lay_out(self, arguments: Sequence[Argument]) -> Any:
+        """Give an array of pointers to the arguments, valid until the next call."""
+        # This is most of what a launch costs the host: kinds in the order of how often they come, and told by identity.
+        layout, values, structures = "", [], []
+        for argument in arguments:
+            kind = type(argument)
+            if kind is torch.Tensor or kind is torch.nn.Parameter:
+                layout += "Q"
+                values.append(argument.data_ptr())  # type: ignore[union-attr]
+            elif isinstance(argument, Numbers):
+                layout += argument.layout
+                values += argument.values
+            elif argument is None:
+                layout += "Q"
+                values.append(0)
+            elif isinstance(argument, int):
+                layout += "i"
+                values.append(argument)
+            elif isinstance(argument, float):
+                layout += "f"
+                values.append(argument)
+            elif isinstance(argument, ctypes.Structure):
+                structures.append((len(layout), ctypes.addressof(argument)))  # it stays where it is
+                layout += "Q"
+                values.append(0)
+            else:
+                raise TypeError(f"a kernel takes tensors, numbers and structures, not {argument!r}")
+        if layout not in self._layouts:
+            self._layouts[layout] = self._make(layout)
+        packer, space, pointers = self._layouts[layout]
+        try:
+            packer.pack_into(space, 0, *values)
+        except struct.error:
+            raise ValueError(f"an integer among {values} does not fit in 32 bits; pass it in a structure") from None
+        for i, address in structures:
+            pointers[i] = address
+        return pointers
+
+    @staticmethod
+    def _make(layout: str) -> tuple[struct.Struct, Any, Any]:
+        packer = struct.Struct("=" + "".join(kind if kind == "Q" else f"{kind}4x" for kind in layout))  # 8 bytes each
+        space = ctypes.create_string_buffer(max(packer.size, 8))
+        start = ctypes.addressof(space)
+        return packer, space, (ctypes.c_void_p * len(layout))(*range(start, start + packer.size, 8))
+
+
+_arguments = _Arguments()
 
 
 class Kernel:
@@ -275,7 +327,8 @@ class Kernel:
             grid: blocks along x, y, z; with a cluster, x is a multiple of it.
             block: threads a block.
             arguments: in the kernel's order. Tensors pass as pointers (on this device; the caller keeps them alive as
-                torch's allocator asks), None as a null pointer, int and float as themselves; ctypes values as they are.
+                torch's allocator asks), None as a null pointer, int and float in 32 bits, structures by value.
+                `Numbers` stand for as many arguments as they are.
             shared_bytes: dynamic shared memory; the limit above 48 KiB is raised as needed.
             cluster: blocks a thread-block cluster along x (capability 9.0 and newer).
 
@@ -292,8 +345,7 @@ class Kernel:
         if cluster > _PORTABLE_CLUSTER and not self._non_portable:
             self._set(_ATTRIBUTE_NON_PORTABLE_CLUSTER, 1)
             self._non_portable = True
-        values = [_as_ctypes(argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])  # type: ignore[arg-type]
+        pointers = _arguments.lay_out(arguments)
         status = self._submit(grid, block, shared_bytes, cluster, pointers)
         if status == _ERROR_INVALID_CONTEXT:  # a thread that has not used CUDA yet, such as one of autograd's
             _make_context_current(self._device)
@@ -302,9 +354,7 @@ class Kernel:
             what = f"launch kernel {self.name} with grid {grid}, block {block}, {shared_bytes} B shared"
             _check_driver(status, what)
 
-    def _submit(
-        self, grid: tuple[int, int, int], block: int, shared_bytes: int, cluster: int, pointers: ctypes.Array[Any]
-    ) -> int:
+    def _submit(self, grid: tuple[int, int, int], block: int, shared_bytes: int, cluster: int, pointers: Any) -> int:
         # What torch.cuda.current_stream() looks up, without making an object of it at every launch.
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
         if cluster == 1:
@@ -312,16 +362,10 @@ class Kernel:
                 self._function, *grid, block, 1, 1, shared_bytes, stream, pointers, None
             )
             return simple
-        attribute = _LaunchAttribute(id=_LAUNCH_CLUSTER_DIMENSION)
-        attribute.value[0], attribute.value[1], attribute.value[2] = cluster, 1, 1
-        config = _LaunchConfig(
-            (ctypes.c_uint * 3)(*grid),
-            (ctypes.c_uint * 3)(block, 1, 1),
-            shared_bytes,
-            stream,
-            ctypes.pointer(attribute),
-            1,
-        )
+        config = _arguments.config
+        config.grid[0], config.grid[1], config.grid[2] = grid
+        config.block[0], config.shared_bytes, config.stream = block, shared_bytes, stream
+        _arguments.attribute.value[0] = cluster
         status: int = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         return status
 

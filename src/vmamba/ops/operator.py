@@ -146,8 +146,12 @@ def _is_transformed() -> bool:
 
 
 def _is_watched(args: tuple[Any, ...]) -> bool:
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
-        or any(isinstance(a, Tensor) and (a.is_meta or type(a) not in (Tensor, torch.nn.Parameter)) for a in args)
-    )
+    if torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing():
+        return True
+    for a in args:  # not any(...), whose generator costs the host as much as an argument
+        kind = type(a)
+        if (kind is Tensor or kind is torch.nn.Parameter) and not a.is_meta:
+            continue
+        if isinstance(a, Tensor):
+            return True
+    return False

@@ -50,7 +50,7 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
             f"depthwise_silu: x (B, H, W, C) and weight (C, 3, 3) do not agree: {tuple(x.shape)}, {tuple(weight.shape)}"
         )
     # Rows, not maps: inductor writes what it keeps of four dimensions beside a convolution in the order (B, W, C, H).
-    y: Tensor = _depthwise_silu(x.flatten(1, 2), weight, bias, x.shape[1], x.shape[2])
+    y: Tensor = depthwise_operator(x.flatten(1, 2), weight, bias, x.shape[1], x.shape[2])
     return y.view(x.shape)
 
 
@@ -94,7 +94,8 @@ def _kernels(x: Tensor) -> ModuleType:
 
 
 @operator("vmamba::depthwise_silu")
-def _depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
+def depthwise_operator(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
+    """See `depthwise_silu`, of which this is the operator, on (B, H·W, C)."""
     if cuda_kernels.why_not(x) is None:
         return cuda_kernels.depthwise_silu(x, weight, bias, height, width)
     module = _kernels(x)
@@ -102,21 +103,22 @@ def _depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None, height: int,
     return y.view(x.shape)
 
 
-@_depthwise_silu.register_fake
+@depthwise_operator.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @operator("vmamba::depthwise_silu_backward", gives_gradients=True)
-def _depthwise_silu_backward(
+def depthwise_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
+    """Give the gradient of x (B, H·W, C), and of the filters and the bias behind each other (10·C) in float32."""
     if reason := cuda_kernels.why_not(x):
         raise ValueError(f"depthwise_silu has no gradients here: {reason}")
     return cuda_kernels.depthwise_silu_backward(dy, x, weight, bias, height, width)
 
 
-@_depthwise_silu_backward.register_fake
+@depthwise_gradients.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(weight.numel() + len(weight), dtype=torch.float32)
 
@@ -128,13 +130,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
-    dx, sums = _depthwise_silu_backward(dy.to(x.dtype), x, weight, bias, ctx.height, ctx.width)
+    dx, sums = depthwise_gradients(dy.to(x.dtype), x, weight, bias, ctx.height, ctx.width)
     taps = weight.numel()
     dweight, dbias = sums[:taps].view(weight.shape).to(weight.dtype), sums[taps:]
     return dx, dweight, None if bias is None else dbias.to(bias.dtype), None, None
 
 
-_depthwise_silu.register_autograd(_backward, _setup_context)
+depthwise_operator.register_autograd(_backward, _setup_context)
 
 
 @operator("vmamba::conv_norm")

@@ -126,15 +126,25 @@ def _takes_kernel(x: Tensor) -> bool:
     return x.is_cuda and _HAS_TRITON and torch.is_grad_enabled() and x.dtype != torch.float64
 
 
+def takes_rows(x: Tensor) -> bool:
+    """Whether `normalise_rows` can run on (..., D), and `norm_gradients` is its backward pass."""
+    return x.is_cuda and cuda_kernels.why_not_forward(x) is None
+
+
+def takes_width(channels: int) -> bool:
+    """Whether they could if there were so many channels."""
+    return cuda_kernels.fits(channels)
+
+
 def _takes_forward(x: Tensor, gamma: Tensor, out_dtype: torch.dtype) -> bool:
     # What a compiler, an exporter or a counter sees stays torch's operator, which they know.
-    return x.is_cuda and x.dtype == out_dtype and nothing_watches(x, gamma) and cuda_kernels.why_not_forward(x) is None
+    return x.is_cuda and x.dtype == out_dtype and nothing_watches(x, gamma) and takes_rows(x)
 
 
 def _plain(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     if not torch.is_grad_enabled() and _takes_forward(x, gamma, out_dtype):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        return cuda_kernels.forward(rows, gamma, beta, eps)[0].view(x.shape)
+        return normalise_rows(rows, gamma, beta, eps)[0].view(x.shape)
     if x.device.type == "cpu" and x.dtype == out_dtype == torch.bfloat16 and not torch.compiler.is_compiling():
         # torch's kernel there reads 16 bits beside float32 weights: one pass instead of three.
         return F.layer_norm(x, gamma.shape, gamma.float(), beta.float(), eps).to(out_dtype)
@@ -143,12 +153,17 @@ def _plain(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.
     return F.layer_norm(x.to(wide), gamma.shape, gamma.to(wide), beta.to(wide), eps).to(out_dtype)
 
 
+def normalise_rows(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise 16-bit rows (M, D) in one pass where `takes_rows`; with mean and 1 / deviation (M) in float32."""
+    return cuda_kernels.forward(x.contiguous(), gamma, beta, eps)
+
+
 def _normalise(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     # Rows, not maps: inductor writes what it keeps of four dimensions beside a convolution in the order (B, W, C, H).
     rows = x.reshape(-1, x.shape[-1])
     if _takes_forward(x, gamma, out_dtype):
         rows = rows.contiguous()
-        y, mean, rstd = cuda_kernels.forward(rows, gamma, beta, eps)
+        y, mean, rstd = normalise_rows(rows, gamma, beta, eps)
     else:
         y, mean, rstd = torch.native_layer_norm(rows.float(), gamma.shape, gamma.float(), beta.float(), eps)
     y = y.view(x.shape)
@@ -162,7 +177,7 @@ def _differentiate(ctx: Any, dy: Tensor, skip: Tensor | None) -> tuple[Tensor | 
     rows, gamma, mean, rstd = ctx.saved_tensors
     dy_rows, skip_rows = (None if t is None else t.reshape(rows.shape) for t in (dy, skip))
     assert dy_rows is not None
-    dx, dgamma, dbeta = _backward(dy_rows, skip_rows, rows, mean, rstd, gamma)
+    dx, dgamma, dbeta = norm_gradients(dy_rows, skip_rows, rows, mean, rstd, gamma)
     return dx.view(dy.shape), dgamma.to(gamma.dtype), dbeta.to(ctx.beta_dtype), None, None
 
 
@@ -190,7 +205,7 @@ class _SkipNorm(torch.autograd.Function):
 
 
 @operator("vmamba::layer_norm_backward", gives_gradients=True)
-def _backward(
+def norm_gradients(
     dy: Tensor, skip: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate rows (M, D): dy and, where there is one, the gradient that comes in beside it are of x's shape."""
@@ -204,7 +219,7 @@ def _backward(
     return triton_kernels.backward(*arguments, *rest)
 
 
-@_backward.register_fake
+@norm_gradients.register_fake
 def _(
     dy: Tensor, skip: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,6 +48,11 @@ def plan_rows(channels: int, backward: bool = True) -> Plan:
     return Plan(lanes, chunks, min(max(_REGISTERS // (_THREADS * registers), 2), 6))
 
 
+def fits(channels: int) -> bool:
+    """Whether the kernels take rows of a width."""
+    return channels % _UNIT == 0 and channels <= _WIDEST
+
+
 def why_not(dy: Tensor, skip: Tensor | None, x: Tensor) -> str | None:
     """Say why the backward pass cannot take rows, or return None when it can."""
     if x.dtype in _DTYPES and any(t is not None and t.dtype != x.dtype for t in (dy, skip)):
@@ -62,7 +67,7 @@ def why_not_forward(x: Tensor) -> str | None:
         return unavailable
     if x.dtype not in _DTYPES:
         return f"the CUDA kernel takes bfloat16 or float16 rows, and x is {x.dtype}."
-    if x.shape[-1] % _UNIT or x.shape[-1] > _WIDEST:
+    if not fits(x.shape[-1]):
         return f"the CUDA kernel takes a multiple of {_UNIT} channels up to {_WIDEST}, and x has {x.shape[-1]}."
     if not x.is_cuda:
         return f"the CUDA kernel needs CUDA tensors, and x is on {x.device}."

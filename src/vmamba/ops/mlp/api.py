@@ -52,7 +52,7 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         raise ValueError(f"mlp: x, w1 and w2 must have one dtype, got {x.dtype}, {w1.dtype} and {w2.dtype}")
     split_channels(D)
     # Rows, not maps: inductor writes what it keeps of four dimensions beside a convolution in the order (B, W, C, H).
-    y: Tensor = _mlp(x.reshape(-1, D), w1, b1.float(), w2, b2.float())
+    y: Tensor = mlp_operator(x.reshape(-1, D), w1, b1.float(), w2, b2.float())
     return y.view(x.shape)
 
 
@@ -63,7 +63,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @operator("vmamba::mlp")
-def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+def mlp_operator(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """See `mlp`, of which this is the operator: nothing is checked or converted."""
     rows = _rows(x)
     from vmamba.ops.mlp import triton_kernels
 
@@ -72,20 +73,21 @@ def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     )
 
 
-@_mlp.register_fake
+@mlp_operator.register_fake
 def _(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @operator("vmamba::mlp_backward", gives_gradients=True)
-def _mlp_backward(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mlp_gradients(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give the gradient of x, the hidden activations, the gradient before GELU (M, hidden) and its sums (hidden)."""
     rows = _rows(x)
     from vmamba.ops.mlp import triton_kernels
 
     return triton_kernels.backward(_rows(dy), rows, w1.contiguous(), b1.contiguous(), w2.contiguous())
 
 
-@_mlp_backward.register_fake
+@mlp_gradients.register_fake
 def _(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     M, hidden = x.numel() // x.shape[-1], w1.shape[0]
     wide = x.new_empty(M, hidden)
@@ -99,10 +101,10 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
     x, w1, b1, w2 = ctx.saved_tensors  # once: gradient checkpointing gives them out a single time
     shape, dy = x.shape, dy.to(x.dtype)
-    dx, hidden, dpre, db1 = _mlp_backward(dy, x, w1, b1, w2)
+    dx, hidden, dpre, db1 = mlp_gradients(dy, x, w1, b1, w2)
     x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     # What is left are two products over all positions, which cuBLAS does best.
     return dx.view(shape), dpre.T @ x, db1, dy.T @ hidden, dy.sum(0, dtype=torch.float32)
 
 
-_mlp.register_autograd(_backward, _setup_context)
+mlp_operator.register_autograd(_backward, _setup_context)

@@ -1,5 +1,6 @@
 """`ss2d_scan`: the core of SS2D, from the convolved map and its projections to the merged map, as one operator."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def ss2d_scan(
                 flip_back=flip_back,
                 out_dtype=out_dtype,
             )
-    return _ss2d_scan(x, projected, dt_weight, dt_bias, A, D, height, width, routes, flip_back, out_dtype, backend)
+    return scan_operator(x, projected, dt_weight, dt_bias, A, D, height, width, routes, flip_back, out_dtype, backend)
 
 
 def _check_shapes(
@@ -116,8 +117,14 @@ def _check_shapes(
     check_shape(_NAME, "D", D, "K E", sizes)
 
 
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    # The context costs the host more than asking for it.
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 @operator("vmamba::ss2d_scan")
-def _ss2d_scan(
+def scan_operator(
     x: Tensor,
     projected: Tensor,
     dt_weight: Tensor,
@@ -131,18 +138,19 @@ def _ss2d_scan(
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
+    """See `ss2d_scan`, of which this is the operator: nothing is checked or converted."""
     if x.shape[1] != height * width:  # a program of torch.jit.trace brings maps of other sizes past the checks
         raise ValueError(f"{_NAME}: x has {x.shape[1]} positions, which is not height·width = {height}·{width}")
     # The choice is made in here, where tensors are real: a traced or exported program then runs on any device.
     implementation = select_backend(_NAME, backend, (x, projected, dt_weight, A, routes, height, width))
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         y: Tensor = implementation.forward(
             x, projected, dt_weight, dt_bias, A, D, height, width, routes, flip_back, out_dtype
         )
     return y
 
 
-@_ss2d_scan.register_fake
+@scan_operator.register_fake
 def _(
     x: Tensor,
     projected: Tensor,
@@ -161,7 +169,7 @@ def _(
 
 
 @operator("vmamba::ss2d_scan_backward", gives_gradients=True)
-def _ss2d_scan_backward(
+def scan_gradients(
     dy: Tensor,
     x: Tensor,
     projected: Tensor,
@@ -175,14 +183,15 @@ def _ss2d_scan_backward(
     flip_back: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Give the gradients of the six tensors of `scan_operator`, each in the dtype of its input."""
     implementation = select_backend(_NAME, backend, (x, projected, dt_weight, A, routes, height, width))
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         grads = implementation.backward(dy, x, projected, dt_weight, dt_bias, A, D, height, width, routes, flip_back)
     dx, dprojected, ddt_weight, ddt_bias, dA, dD = (grad.contiguous() for grad in grads)
     return dx, dprojected, ddt_weight, ddt_bias, dA, dD
 
 
-@_ss2d_scan_backward.register_fake
+@scan_gradients.register_fake
 def _(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:6])
 
@@ -193,9 +202,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _ss2d_scan_backward(dy, *ctx.saved_tensors, ctx.height, ctx.width, ctx.routes, ctx.flip_back, ctx.backend)
+    grads = scan_gradients(dy, *ctx.saved_tensors, ctx.height, ctx.width, ctx.routes, ctx.flip_back, ctx.backend)
     wanted = ctx.needs_input_grad
     return (*(grad if wanted[i] else None for i, grad in enumerate(grads)), *[None] * 6)
 
 
-_ss2d_scan.register_autograd(_backward, _setup_context)
+scan_operator.register_autograd(_backward, _setup_context)

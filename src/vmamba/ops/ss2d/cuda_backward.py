@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from vmamba.ops import nvrtc
 from vmamba.ops.cuda_source import read_source
-from vmamba.ops.ss2d.cuda_problem import find_device
+from vmamba.ops.ss2d.cuda_problem import find_device, round_up
 
 MAX_RANK = 64
 _SOURCES = ("common.cuh", "backward_tools.cuh", "backward_chunk.cuh", "backward.cu")
@@ -273,7 +274,10 @@ class _Prepared(NamedTuple):
         threads: Of a block of the second.
         shared_bytes: Of the same.
         cluster: Of the same.
-        sizes: Elements of `merged`, `packed`, `weights`, `skip`, `exact`, `workspace`, `turns`.
+        offsets: Bytes before each part of the scratch memory: `merged`, `packed`, `weights`, `skip`, `exact`,
+            `workspace`, `turns`.
+        floats: Of all of it.
+        cleared: Words of 32 bits of `merged`, `weights`, `exact` and `turns`.
         blocks: Groups of 16 channels.
         problem: The last arguments of the second kernel.
         ending: The last arguments of the third.
@@ -284,13 +288,12 @@ class _Prepared(NamedTuple):
     threads: int
     shared_bytes: int
     cluster: int
-    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    floats: int
+    cleared: tuple[int, ...]
     blocks: int
     problem: tuple[int, ...]
     ending: tuple[int, ...]
-
-
-_SCRATCH = (torch.float32, torch.int32, torch.float32, torch.float32, torch.float64, torch.float32, torch.int32)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -322,21 +325,23 @@ def _prepare(
     slots = 4 * (-(-plan.span // 4) * 4)  # of a chunk
     together = max(2048 // ((rank + 2) * slots), 1)  # chunks of a block
     columns = _ROUTES[routes][0] if height > 1 else 0
+    merged, packed = batch * 4 * (rank + 2) * chunks * slots, 4 * blocks * items * 32 * 4
+    weights, skip = 4 * blocks * -(-rank // 8) * 32 * 4, blocks * _CHANNELS
+    exact = 2 * blocks * (4 * 32 + _CHANNELS)  # of 64 bits
+    workspace = (teams if plan.team else teams * plan.warps) * plan.workspace
+    turns = 1 + ordered * (2 * blocks + batch * 2 * chunks)
+    *starts, floats = itertools.accumulate(
+        (round_up(words, 64) for words in (merged, packed, weights, skip, exact, workspace, turns)), initial=0
+    )
     return _Prepared(
         kernels=(prepare, main, finish),
         grid=(_PREPARE_BLOCKS, teams * plan.cluster, batch * 4 * -(-chunks // together)),
         threads=32 * plan.warps,
         shared_bytes=plan.shared_bytes,
         cluster=plan.cluster,
-        sizes=(
-            batch * 4 * (rank + 2) * chunks * slots,
-            4 * blocks * items * 32 * 4,
-            4 * blocks * -(-rank // 8) * 32 * 4,
-            blocks * _CHANNELS,
-            blocks * (4 * 32 + _CHANNELS),
-            (teams if plan.team else teams * plan.warps) * plan.workspace,
-            1 + ordered * (2 * blocks + batch * 2 * chunks),
-        ),
+        offsets=tuple(4 * start for start in starts),
+        floats=floats,
+        cleared=(merged, weights, exact, turns),
         blocks=blocks,
         problem=(
             *(length, channels, blocks, chunks, batch, maps, plan.pieces, height, width, columns),
@@ -390,25 +395,25 @@ def backward(
 
     ordered, dtypes = torch.are_deterministic_algorithms_enabled(), (x.dtype, dt_weight.dtype, dy.dtype)
     prepared = _prepare(batch, height, width, channels, rank, dtypes, routes, ordered, x.get_device())
-    merged, packed, weights, skip, exact, workspace, turns = (
-        torch.empty(size, dtype=dtype, device=x.device) for size, dtype in zip(prepared.sizes, _SCRATCH, strict=True)
-    )
+    scratch = torch.empty(prepared.floats, dtype=torch.float32, device=x.device)
+    start = scratch.data_ptr()
+    merged, packed, weights, skip, exact, workspace, turns = (start + offset for offset in prepared.offsets)
     dy, x, projected, dt_weight, dt_bias, A, D = (
         nvrtc.aligned(t) for t in (dy, x, projected, dt_weight, dt_bias, A, D)
     )
 
-    cleared = (merged, weights, exact, turns)
     preparation = _Preparation(
-        *(t.data_ptr() for t in (dt_weight, dt_bias, A, D, packed, skip)),
-        (ctypes.c_void_p * 4)(*(t.data_ptr() for t in cleared)),
-        (ctypes.c_ulonglong * 4)(*(t.nbytes // 4 for t in cleared)),
+        *(t.data_ptr() for t in (dt_weight, dt_bias, A, D)),
+        packed,
+        skip,
+        (ctypes.c_void_p * 4)(merged, weights, exact, turns),
+        (ctypes.c_ulonglong * 4)(*prepared.cleared),
         channels,
         prepared.blocks,
     )
-    pointers = (x, dy, projected, packed, skip, dx, merged, weights, exact, workspace, turns)
-    problem = _Problem(*(t.data_ptr() for t in pointers), *prepared.problem)
-    found = (merged, weights, exact, dprojected, *rounded)
-    ending = _Finish(*(t.data_ptr() for t in found), *prepared.ending)
+    read, results = (x.data_ptr(), dy.data_ptr(), projected.data_ptr()), (t.data_ptr() for t in (dprojected, *rounded))
+    problem = _Problem(*read, packed, skip, dx.data_ptr(), merged, weights, exact, workspace, turns, *prepared.problem)
+    ending = _Finish(merged, weights, exact, *results, *prepared.ending)
 
     prepare, main, finish = prepared.kernels
     grid = prepared.grid

@@ -87,7 +87,7 @@ class _Prepared(NamedTuple):
 
     images: int
     floats: int
-    launches: dict[int, list[tuple[nvrtc.Kernel, Launch, tuple[int, ...]]]]
+    launches: dict[int, list[tuple[nvrtc.Kernel, Launch, nvrtc.Numbers]]]
 
 
 @functools.lru_cache(maxsize=1024, typed=True)  # plans of two kinds may be equal as tuples
@@ -108,7 +108,7 @@ def _prepare(
     launches = {}
     for batch in {images, problem.batch % images or images}:
         part = problem._replace(batch=batch)
-        sizes = (batch, part.height, part.width, channels, int(part.columns), *plan.geometry(part))
+        sizes = nvrtc.Numbers(batch, part.height, part.width, channels, int(part.columns), *plan.geometry(part))
         launches[batch] = [
             (nvrtc.get_kernel(forward_source(plan), launch.kernel, defines, torch.device("cuda", index)), launch, sizes)
             for launch in find_launches(plan, part)
@@ -149,7 +149,7 @@ def forward(
             kernel.launch(
                 (launch.blocks, 1, 1),
                 launch.threads,
-                [some_x, some_projected, *weights, some_y, *workspace, *sizes],
+                [some_x, some_projected, *weights, some_y, *workspace, sizes],
                 shared_bytes=launch.shared_bytes,
                 cluster=launch.cluster,
             )
