@@ -1,5 +1,6 @@
 """A branch as one node of autograd gives what its modules give, and leaves to them what it does not know."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba.models import training_gpu
 from vmamba.models.config import get_config
-from vmamba.models.vmamba import VSSBlock
+from vmamba.models.layers import DropPath
+from vmamba.models.vmamba import Blocks, VSSBlock
 from vmamba.ops.convolution.reference import depthwise_silu_reference
 
 
@@ -44,6 +46,22 @@ def differentiate(block: nn.Module, x: Tensor, dy: Tensor, run: Callable[[Tensor
     y = (run or block)(x)
     wanted = [x, *(p for p in block.parameters() if p.requires_grad)]
     return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
+
+
+def drop_always_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drop the first branch of every second image and the second of every third; modules draw other numbers."""
+
+    def factors(x: Tensor, every: int) -> Tensor:
+        drawn = torch.where(torch.arange(len(x), device=x.device) % every == 0, 0.0, 2.0)
+        return drawn.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+    turns = itertools.cycle((2, 3))
+    monkeypatch.setattr(DropPath, "draw", lambda self, x: factors(x, next(turns)) if self.rate else None)
+    monkeypatch.setattr(
+        training_gpu,
+        "_draw",
+        lambda rates, x: [(factors(x, 2), factors(x, 3)) if rate else (None, None) for rate in rates],
+    )
 
 
 def count_nodes(y: Tensor) -> dict[str, int]:
@@ -128,6 +146,7 @@ def test_formulas(
     overrides: dict[str, Any], narrow: bool, without_kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training_gpu, "takes_mlp", lambda *_: narrow)
+    drop_always_the_same(monkeypatch)
     block = make_block(16, **overrides).double()
     x, dy = torch.randn(2, 8, 4, 5, 16, dtype=torch.float64)
     nodes = count_nodes(block(x.clone().requires_grad_()))
@@ -137,7 +156,42 @@ def test_formulas(
         expected = differentiate(block, x, dy)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    assert not block.drop_path.rate or (actual[0] == x).flatten(1).all(1).any()  # both branches of an image dropped
+    dropped = (actual[0] == x).flatten(1).all(1)
+    assert dropped.tolist() == [block.drop_path.rate > 0 and i % 6 == 0 for i in range(8)]
+
+
+def test_drawing() -> None:
+    x = torch.zeros(4000, 2, 3, 8, dtype=torch.bfloat16)
+    (nothing, nothing_too), (first, second), (gone, _) = training_gpu._draw([0.0, 0.2, 1.0], x)
+    assert nothing is nothing_too is None
+    assert first.shape == second.shape == (4000, 1, 1, 1)
+    assert first.dtype == x.dtype
+    for factors in (first, second):
+        assert set(factors.flatten().tolist()) == {0.0, 1.25}
+        assert 0.77 < (factors > 0).double().mean() < 0.83
+    assert not torch.equal(first, second)
+    assert not gone.any()
+    assert training_gpu._draw([0.0, 0.0], x) == [(None, None)] * 2
+
+
+def test_a_stage_at_once_is_its_blocks_one_by_one(without_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    drop_always_the_same(monkeypatch)
+    stage = Blocks(make_block(16), make_block(16, 0.5, conv_bias=True), make_block(16, 0.2)).double()
+    x, dy = torch.randn(2, 8, 4, 5, 16, dtype=torch.float64)
+    calls = []
+    for block in stage:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    one_by_one = differentiate(stage, x, dy)
+    assert len(calls) == 3
+    for block in stage:
+        block._forward_hooks.clear()
+    at_once = differentiate(stage, x, dy)
+    assert len(calls) == 3
+    for a, b in zip(at_once, one_by_one, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    stage.grad_checkpointing = True
+    for a, b in zip(differentiate(stage, x, dy), one_by_one, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_what_is_frozen_gets_no_gradient(without_kernels: None) -> None:
@@ -199,10 +253,16 @@ def test_weights_of_another_dtype_are_refused_as_by_the_modules(without_kernels:
 @pytest.mark.parametrize("dim", [96, 256])
 @pytest.mark.parametrize("overrides", BLOCKS, ids=str)
 def test_as_accurate_as_the_modules(
-    overrides: dict[str, Any], dim: int, kind: str, assert_accurate: Callable[..., None], nan_filled_memory: None
+    overrides: dict[str, Any],
+    dim: int,
+    kind: str,
+    assert_accurate: Callable[..., None],
+    nan_filled_memory: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dtype = torch.float16 if kind == "float16" else torch.bfloat16
     block = make_block(dim, **overrides).cuda()
+    drop_always_the_same(monkeypatch)
     if kind != "autocast":
         block.to(dtype)
     x, dy = torch.randn(2, 3, 14, 11, dim, device="cuda").to(dtype)

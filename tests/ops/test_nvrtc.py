@@ -31,6 +31,8 @@ def test_arguments_lie_where_their_pointers_point() -> None:
         assert read(pointers[5], ctypes.c_int) == 1
         assert read(pointers[6], ctypes.c_void_p) == tensor.data_ptr() + 4
     assert len(layout.lay_out([])) == 0
+    assert layout.lay_out([pair])[0] == ctypes.addressof(pair)
+    assert read(layout.lay_out([tensor])[0], ctypes.c_void_p) == tensor.data_ptr()  # not where the structure was
     pointers = layout.lay_out([nvrtc.Numbers(3, -4), tensor])
     assert [read(pointers[i], ctypes.c_int) for i in range(2)] == [3, -4]
     assert read(pointers[2], ctypes.c_void_p) == tensor.data_ptr()

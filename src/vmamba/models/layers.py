@@ -122,12 +122,12 @@ class DropPath(nn.Module):
         factors = self.draw(x)
         return x if factors is None else x * factors
 
-    def draw(self, x: Tensor, *branches: int) -> Tensor | None:
-        """Draw what (B, ...) is multiplied by, (*branches, B, 1, ...) of its dtype; None where that is one."""
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Draw what (B, ...) is multiplied by, (B, 1, ...) of its dtype; None where that is one."""
         if self.rate == 0.0 or not self.training:
             return None
         # Dropout of ones: compilers draw the numbers of all branches in one kernel, where each `bernoulli_` is its own.
-        return F.dropout(x.new_ones((*branches, x.shape[0]) + (1,) * (x.ndim - 1)), self.rate)
+        return F.dropout(x.new_ones((x.shape[0],) + (1,) * (x.ndim - 1)), self.rate)
 
     def extra_repr(self) -> str:
         """Tell the rate."""

@@ -2,11 +2,13 @@
 
 x + drop_path(op(norm(x))) by modules is some twenty operations with a node, a conversion of weights or a view each: on
 all but large maps they cost the host more than the kernels take. Here the kernels follow one another, forward and
-backward, with nothing in between; the weights of a block are converted in one kernel, and the residual takes its branch
-in one. Results are those of the modules, with fewer roundings: the sum with the residual and the gradients of weights
-are rounded once instead of twice. Compilers see the modules, which they fuse themselves.
+backward, with nothing in between; the weights of a stage are converted in one kernel, what drops its branches is drawn
+in one, and the residual takes a branch in one. Results are those of the modules, with fewer roundings: the sum with the
+residual and the gradients of weights are rounded once instead of twice. Compilers see the modules, which they fuse.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,33 +26,67 @@ from vmamba.ops.ss2d.api import scan_gradients, scan_operator
 from vmamba.ops.validation import state_dtype
 
 
-def run_block(x: Tensor, op: nn.Module, norm: nn.Module, mlp: nn.Module, norm2: nn.Module, drop: nn.Module) -> Any:
-    """Compute x + drop(op(norm(x))), then x + drop(mlp(norm2(x))), each as one node; None where modules must be called.
+class Parts(NamedTuple):
+    """What a block consists of: x + drop(op(norm(x))), then x + drop(mlp(norm2(x)))."""
+
+    op: nn.Module | None
+    norm: nn.Module | None
+    mlp: nn.Module | None
+    norm2: nn.Module | None
+    drop: nn.Module
+
+
+def run_blocks(x: Tensor, blocks: Sequence[Parts]) -> Tensor | None:
+    """Compute blocks one after the other, each of two nodes; None, and nothing done, where modules have to be called.
 
     They are called on anything but a 16-bit map on a GPU while gradients are enabled; where a compiler, an exporter, a
-    transform, a dispatch mode or a hook would not see what it waits for; and in blocks of other layers than those of
+    transform, a dispatch mode or a hook would not see what it waits for; and if a block has other layers than those of
     the published models, vanilla VMamba excepted.
 
     Args:
         x: (B, H, W, D).
-        op: SS2D.
-        norm: before it.
-        mlp: Mlp.
-        norm2: before it.
-        drop: DropPath of both branches.
+        blocks: all of that width.
 
     Returns:
         (B, H, W, D), of x's dtype.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not takes_rows(x):
         return None
+    if not takes_depthwise(x) or x.dim() != 4 or x.numel() == 0:
+        return None
+    calls = []
+    for parts in blocks:
+        call = _find_call(x, *parts)
+        if call is None:
+            return None
+        calls.append(call)
+    with torch.no_grad():
+        converted = iter(_convert([w for call in calls for w in call.products], x.dtype))
+    for call, (first, second) in zip(calls, _draw([call.rate for call in calls], x), strict=True):
+        weights = list(itertools.islice(converted, len(call.products)))
+        x = _ScanBranch.apply(x, first, call.facts, weights[:4], *call.scan)
+        x = _MlpBranch.apply(x, second, call.mlp_eps, weights[4:], *call.mlp)
+    return x
+
+
+class _Call(NamedTuple):
+    """A block as its nodes take it: what is converted to the map's dtype, and parameters as gradients go to them."""
+
+    rate: float
+    products: tuple[Tensor, ...]
+    facts: "_Scan"
+    scan: tuple[Tensor | None, ...]
+    mlp_eps: float
+    mlp: tuple[Tensor, ...]
+
+
+def _find_call(x: Tensor, op: Any, norm: Any, mlp: Any, norm2: Any, drop: Any) -> _Call | None:
     if not (type(op) is SS2D and type(mlp) is Mlp and type(drop) is DropPath and _can_scan(op) and _can_multiply(mlp)):
         return None
-    if not type(norm) is type(norm2) is LayerNorm or not takes_depthwise(x) or x.dim() != 4 or x.numel() == 0:
+    if not type(norm) is type(norm2) is LayerNorm:
         return None
     conv, out_norm, fc1, fc2 = op.conv2d, op.out_norm, mlp.fc1, mlp.fc2
     assert conv is not None
-    assert isinstance(norm, LayerNorm)
     assert isinstance(out_norm, LayerNorm)
     modules = (
         *(op, op.in_proj, conv, op.act, out_norm, op.out_act, op.out_proj, op.dropout, norm, drop),
@@ -59,21 +95,36 @@ def run_block(x: Tensor, op: nn.Module, norm: nn.Module, mlp: nn.Module, norm2: 
     scan_weights = (op.in_proj.weight, op.x_proj_weight, op.dt_projs_weight, op.out_proj.weight)
     scan_others = (op.dt_projs_bias, op.A_logs, op.Ds, norm.weight, norm.bias, conv.weight, conv.bias)
     scan = (*scan_weights, *scan_others, out_norm.weight, out_norm.bias)
-    branch = (fc1.weight, fc2.weight, fc1.bias, fc2.bias, norm2.weight, norm2.bias)
+    multiplied = (fc1.weight, fc2.weight, fc1.bias, fc2.bias)
+    branch = (*multiplied, norm2.weight, norm2.bias)
     under = autocast_dtype(x)
     # Without autocast products refuse weights of another dtype: that is left to the modules to say.
     known = (x.dtype,) if under is None else (torch.float32, x.dtype)
-    if x.dtype != (under or x.dtype) or any(w.dtype not in known for w in (*scan_weights, *branch[:4])):
+    if x.dtype != (under or x.dtype) or any(w.dtype not in known for w in (*scan_weights, *multiplied)):
         return None
     if have_hooks(modules) or not nothing_watches(x, *scan, *branch):
         return None
-    factors, more = (None, None) if (drawn := drop.draw(x, 2)) is None else drawn.unbind()
-    narrow = takes_mlp(x, fc1.out_features)
-    with torch.no_grad():
-        converted = _convert((*scan_weights, *branch[: 2 if narrow else 4]), x.dtype)
+    narrow = takes_mlp(x, fc1.out_features)  # its kernel takes biases in float32
     facts = _Scan(norm.eps, out_norm.eps, op.routes, op.backend)
-    x = _ScanBranch.apply(x, factors, facts, converted[:4], *scan)
-    return _MlpBranch.apply(x, more, norm2.eps, converted[4:], *branch)
+    products = (*scan_weights, *multiplied[: 2 if narrow else 4])
+    return _Call(drop.rate if drop.training else 0.0, products, facts, scan, norm2.eps, branch)
+
+
+def _draw(rates: Sequence[float], x: Tensor) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Draw, for both branches of every block, what (B, ...) is multiplied by, (B, 1, ...); None where that is one."""
+    if not any(rates):
+        return [(None, None)] * len(rates)
+    kept = _find_kept(tuple(rates), x.device)
+    factors = torch.bernoulli(kept.expand(-1, len(x))).div_(kept).to(x.dtype)
+    drawn = iter(factors.view(-1, len(x), *[1] * (x.dim() - 1)).unbind())
+    pairs = list(zip(drawn, drawn, strict=True))
+    return [pair if rate else (None, None) for pair, rate in zip(pairs, rates, strict=True)]
+
+
+@functools.lru_cache(maxsize=64)
+def _find_kept(rates: tuple[float, ...], device: torch.device) -> Tensor:
+    """Give the probabilities (2·blocks, 1) with which branches are kept; above zero, to divide by them."""
+    return torch.tensor([[max(1 - rate, 1e-30)] for rate in rates for _ in range(2)], device=device)
 
 
 def _can_scan(op: SS2D) -> bool:

@@ -18,7 +18,7 @@ from vmamba.models.hub import HubMixin
 from vmamba.models.initialization import WITHOUT_DECAY
 from vmamba.models.layers import DropPath, LayerNorm, Mlp, have_hooks, make_downsample, make_norm, make_stem
 from vmamba.models.ss2d import SS2D
-from vmamba.models.training_gpu import run_block
+from vmamba.models.training_gpu import Parts, run_blocks
 
 
 class VSSBlock(nn.Module):
@@ -64,16 +64,17 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, D) to (B, H, W, D)."""
-        op, norm, mlp, norm2 = self.op, self.norm, self.mlp, self.norm2
-        if not (op is None or norm is None or mlp is None or norm2 is None or self.post_norm):
-            y = run_block(x, op, norm, mlp, norm2, self.drop_path)
-            if y is not None:
-                return y
+        if not self.post_norm and (y := run_blocks(x, [self.parts()])) is not None:
+            return y
         if self.op is not None and self.norm is not None:
             x = self._branch(self.op, self.norm, x)
         if self.mlp is not None and self.norm2 is not None:
             x = self._branch(self.mlp, self.norm2, x)
         return x
+
+    def parts(self) -> Parts:
+        """Return what the block consists of."""
+        return Parts(self.op, self.norm, self.mlp, self.norm2, self.drop_path)
 
     def _branch(self, op: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
         if self.post_norm:
@@ -92,10 +93,16 @@ class Blocks(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, D) to (B, H, W, D)."""
+        if not self.grad_checkpointing and (y := self._run_at_once(x)) is not None:
+            return y
         for block in self:
             recompute = self.grad_checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         return x
+
+    def _run_at_once(self, x: Tensor) -> Tensor | None:
+        parts = [b.parts() for b in self if type(b) is VSSBlock and not (b.post_norm or have_hooks((b,)))]
+        return run_blocks(x, parts) if 0 < len(parts) == len(self) else None
 
 
 class Stage(nn.Module):

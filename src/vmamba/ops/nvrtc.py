@@ -255,8 +255,7 @@ class _Arguments(threading.local):
                 values.append(argument)
             elif isinstance(argument, ctypes.Structure):
                 structures.append((len(layout), ctypes.addressof(argument)))  # it stays where it is
-                layout += "Q"
-                values.append(0)
+                layout += "s"
             else:
                 raise TypeError(f"a kernel takes tensors, numbers and structures, not {argument!r}")
         if layout not in self._layouts:
@@ -272,7 +271,8 @@ class _Arguments(threading.local):
 
     @staticmethod
     def _make(layout: str) -> tuple[struct.Struct, Any, Any]:
-        packer = struct.Struct("=" + "".join(kind if kind == "Q" else f"{kind}4x" for kind in layout))  # 8 bytes each
+        eight_bytes = {"Q": "Q", "i": "i4x", "f": "f4x", "s": "8x"}
+        packer = struct.Struct("=" + "".join(eight_bytes[kind] for kind in layout))
         space = ctypes.create_string_buffer(max(packer.size, 8))
         start = ctypes.addressof(space)
         return packer, space, (ctypes.c_void_p * len(layout))(*range(start, start + packer.size, 8))
